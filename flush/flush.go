@@ -1,0 +1,298 @@
+package flush
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Units of the data. They are part of the contract with the Source and equal the cache's.
+const (
+	// BlockBytes is the length of a block.
+	BlockBytes = 4096
+	// SectorBytes is the length of a sector, the unit of Block.Valid and Block.Dirty.
+	SectorBytes = 512
+)
+
+// Block is a version of a block as the Source lends it.
+type Block struct {
+	Number uint64 // offset in bytes = Number * BlockBytes
+	Valid  uint8  // bit i: sector i is present in Data
+	Dirty  uint8  // bit i: sector i must be written; a subset of Valid
+	Data   []byte // BlockBytes bytes that never change; valid until Synced or Again
+}
+
+// Zero is a range to be zeroed at home: whole blocks, in bytes.
+type Zero struct{ Off, Bytes int64 }
+
+// Source is what the flusher sees of the cache. It is called from one goroutine, and none of its methods may
+// wait for the flusher.
+type Source interface {
+	// Seal ends the epoch: everything published before it belongs to the seal. It is called only when the
+	// previous seal ended in Committed. With nothing dirty it still takes a seal, with dirtyBytes 0.
+	Seal() (seal uint64, dirtyBytes int64)
+	// Zeroes appends to dst the extents of the seal that must be zeroed at home before the blocks. They are
+	// older than any block that Next gives in their range.
+	Zeroes(dst []Zero) []Zero
+	// Next fills dst with the next blocks of the sealed set, ascending by Number, each once per pass.
+	// It returns how many; 0 ends the pass.
+	Next(dst []Block) int
+	// Bridge lends up to len(dst) consecutive blocks from number first that are resident, clean and fully
+	// valid, and returns how many.
+	Bridge(first uint64, dst []Block) int
+	// Synced says that everything given by Zeroes, Next and Bridge since the last Synced or Again is home
+	// and synced: it turns clean.
+	Synced()
+	// Again says that it is not: everything given since the last Synced goes back into the sealed set, and
+	// the pass begins again at the lowest block.
+	Again()
+	// Committed says that the whole seal is home and synced: its waiters are answered.
+	Committed(seal uint64)
+	// Failed says that the attempts have failed for good for those that must be told: they get err. What is
+	// dirty stays dirty and the flusher goes on trying.
+	Failed(err error)
+	// Pressed reports that memory is short or that somebody waits for a commit: the flusher does not wait
+	// for staleness. It is asked after every commit and after Wake, so whoever makes it true calls Wake.
+	Pressed() bool
+}
+
+// Backing is where the data go: *os.File satisfies it. Optional abilities are found once, in New:
+//
+//	WritevAt(bufs [][]byte, off int64) error   one gathered write; else the data are copied together
+//	Zero(off, n int64) error                   zeroes a range; else zeroes are written
+//	SectorBytes() int                          smallest aligned write in bytes; else any length is right
+//	Async() bool; StartWritev(bufs [][]byte, off int64, done func(error)); Reap()
+//	    if Async: a WritevAt that returns at once; Reap waits for at least one to end, and calls its done
+//
+// A write that returns an error may have changed any part of its range. All methods are safe for concurrent
+// use.
+type Backing interface {
+	io.ReaderAt
+	io.WriterAt
+	Sync() error
+}
+
+type (
+	vectorWriter interface {
+		WritevAt(bufs [][]byte, off int64) error
+	}
+	zeroer   interface{ Zero(off, n int64) error }
+	sectored interface{ SectorBytes() int }
+	starter  interface {
+		Async() bool
+		StartWritev(bufs [][]byte, off int64, done func(error))
+		Reap()
+	}
+)
+
+// Defaults and bounds of Options.
+const (
+	DefaultStaleness   = time.Second
+	DefaultDepth       = 4
+	DefaultWriteBytes  = 4 << 20
+	DefaultSyncBytes   = 64 << 20
+	DefaultFailAfter   = 3
+	DefaultBackoff     = 100 * time.Millisecond
+	DefaultMaxBackoff  = 5 * time.Second
+	DefaultSlowAfter   = 3 * time.Second
+	MaxDepth           = 64
+	MaxBridgeBlocks    = 64
+	maxPieces          = 1024 // iovecs of one pwritev, IOV_MAX in Linux's include/uapi/linux/uio.h
+	maxWriteBytes      = maxPieces * BlockBytes
+	smallestWriteBytes = BlockBytes
+)
+
+// DefaultBridgeBlocks is the widest gap between two dirty runs that is written with clean blocks instead of
+// beginning another write. 64 KiB cost a disk of 150 MB/s 0.4 ms, where a write more costs it a seek or half
+// a turn (4–8 ms), and a flash device the fixed part of a command (10–20 µs, about what 64 KiB cost there). A
+// wider gap would multiply the bytes written to flash for no time saved.
+const DefaultBridgeBlocks = 16
+
+// Options are the settings of a Flusher. The zero value of each field means its default.
+type Options struct {
+	Staleness    time.Duration // longest time from one seal to the next
+	Depth        int           // writes in flight, at most MaxDepth
+	WriteBytes   int           // longest write, a multiple of BlockBytes, at most 4 MiB
+	SyncBytes    int64         // bytes of dirty blocks between two syncs of a pass
+	BridgeBlocks int           // widest bridged gap in blocks, at most MaxBridgeBlocks; negative: none
+	FailAfter    int           // consecutive failed attempts before Source.Failed
+	Backoff      time.Duration // wait after the first failed attempt; doubles up to MaxBackoff
+	MaxBackoff   time.Duration
+	SlowAfter    time.Duration // time without a completion after which the backing is slow
+
+	Log *slog.Logger // nil discards
+	// Event, if not nil, is called for every change of state, by one goroutine at a time. It must not wait
+	// and must not call the Flusher.
+	Event func(Event)
+}
+
+// Flusher writes the seals of a Source home. Its methods are safe for concurrent use.
+type Flusher struct {
+	src Source
+	out output
+	o   Options
+	log *slog.Logger
+
+	wake     chan struct{} // holds at most one wish for a seal
+	stop     chan struct{} // closed by Stop
+	stopped  chan struct{} // closed when every goroutine has ended
+	stopOnce sync.Once
+	started  atomic.Bool
+
+	sweep   sweep // owned by runLoop
+	writers writers
+
+	counters counters
+	health   health
+	waiting  waiting
+}
+
+// Errors of Flush, Drain and Stop.
+var (
+	// ErrStopped: the flusher was stopped before what was asked for was done.
+	ErrStopped = errors.New("flusher is stopped")
+	// ErrInFlight: operations of the backing have not ended. Nothing that they use may be unmapped or
+	// closed, and nothing else may write to the backing until this process has ended.
+	ErrInFlight = errors.New("backing operations are still in flight")
+)
+
+// New returns a Flusher of src's data to dev. It does nothing before Start.
+func New(src Source, dev Backing, o Options) (*Flusher, error) {
+	if err := o.complete(); err != nil {
+		return nil, err
+	}
+	f := &Flusher{
+		src: src, out: newOutput(dev), o: o, log: o.Log,
+		wake: make(chan struct{}, 1), stop: make(chan struct{}), stopped: make(chan struct{}),
+	}
+	if n := f.out.sector; n > BlockBytes || n&(n-1) != 0 {
+		return nil, fmt.Errorf("backing has sectors of %d bytes, the largest supported are %d", n, BlockBytes)
+	}
+	f.health.init(f)
+	f.writers.init(f)
+	f.sweep.init(f)
+	return f, nil
+}
+
+// complete puts in the defaults and checks the bounds.
+func (o *Options) complete() error {
+	setDefault(&o.Staleness, DefaultStaleness)
+	setDefault(&o.Depth, DefaultDepth)
+	setDefault(&o.WriteBytes, DefaultWriteBytes)
+	setDefault(&o.SyncBytes, DefaultSyncBytes)
+	setDefault(&o.BridgeBlocks, DefaultBridgeBlocks)
+	setDefault(&o.FailAfter, DefaultFailAfter)
+	setDefault(&o.Backoff, DefaultBackoff)
+	setDefault(&o.MaxBackoff, DefaultMaxBackoff)
+	setDefault(&o.SlowAfter, DefaultSlowAfter)
+	o.BridgeBlocks = max(o.BridgeBlocks, 0)
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case o.Depth < 1 || o.Depth > MaxDepth:
+		return fmt.Errorf("depth %d is not within 1..%d", o.Depth, MaxDepth)
+	case o.WriteBytes < smallestWriteBytes || o.WriteBytes > maxWriteBytes || o.WriteBytes%BlockBytes != 0:
+		return fmt.Errorf("longest write of %d bytes is not a multiple of %d within %d..%d",
+			o.WriteBytes, BlockBytes, smallestWriteBytes, maxWriteBytes)
+	case o.SyncBytes < BlockBytes:
+		return fmt.Errorf("%d bytes between syncs are less than a block of %d", o.SyncBytes, BlockBytes)
+	case o.BridgeBlocks > MaxBridgeBlocks:
+		return fmt.Errorf("bridge of %d blocks is wider than %d", o.BridgeBlocks, MaxBridgeBlocks)
+	case o.FailAfter < 1:
+		return fmt.Errorf("failure after %d attempts is less than one attempt", o.FailAfter)
+	case o.Staleness < 0 || o.Backoff < 0 || o.MaxBackoff < o.Backoff || o.SlowAfter < 0:
+		return fmt.Errorf("times must not be negative, nor the backoff %v above its maximum %v", o.Backoff, o.MaxBackoff)
+	}
+	return nil
+}
+
+func setDefault[T comparable](p *T, v T) {
+	var zero T
+	if *p == zero {
+		*p = v
+	}
+}
+
+// Start starts the goroutines of f. It is called once.
+func (f *Flusher) Start() {
+	if f.started.Swap(true) {
+		panic("flush: Start called twice")
+	}
+	var wg sync.WaitGroup
+	for range f.o.Depth {
+		wg.Go(f.writers.runWriter)
+	}
+	wg.Go(f.health.runWatch)
+	wg.Go(func() {
+		f.runLoop()
+		f.writers.close()
+		f.health.close()
+	})
+	go func() {
+		wg.Wait()
+		f.waiting.finish(ErrStopped)
+		close(f.stopped)
+	}()
+}
+
+// Wake asks for a seal now instead of after Staleness. It never waits and costs next to nothing while an
+// earlier wish is open.
+func (f *Flusher) Wake() {
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Flush takes a seal and returns when everything that was published before the call is home and synced. It
+// returns the error of the backing when Options.FailAfter consecutive attempts have failed; what is dirty
+// stays so and is tried again.
+func (f *Flusher) Flush(ctx context.Context) error {
+	return f.waiting.wait(ctx, f.Wake)
+}
+
+// Drain is Flush that goes on through failures of the backing, until ctx ends.
+func (f *Flusher) Drain(ctx context.Context) error {
+	for {
+		err := f.Flush(ctx)
+		if err == nil || errors.Is(err, ErrStopped) || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// Stop ends the flusher without a seal: no further operation is started, and what is not home goes back to
+// the Source by Again. It returns when the operations in flight have ended, or ErrInFlight when ctx ends
+// before. It may be called again.
+func (f *Flusher) Stop(ctx context.Context) error {
+	f.stopOnce.Do(func() { close(f.stop) })
+	if !f.started.Load() {
+		return nil
+	}
+	select {
+	case <-f.stopped:
+		return nil
+	case <-ctx.Done():
+	}
+	select {
+	case <-f.stopped:
+		return nil
+	default:
+		return fmt.Errorf("stop flusher: %w: %w", ErrInFlight, context.Cause(ctx))
+	}
+}
+
+func (f *Flusher) stopping() bool {
+	select {
+	case <-f.stop:
+		return true
+	default:
+		return false
+	}
+}

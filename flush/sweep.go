@@ -1,0 +1,250 @@
+package flush
+
+import (
+	"errors"
+	"time"
+)
+
+// zeroBytes is the longest range zeroed by one operation of a backing that can: short enough that a stop is
+// noticed, long enough that an extent is few operations.
+const zeroBytes = 1 << 30
+
+// nextBlocks is how many blocks are asked of the Source at a time.
+const nextBlocks = 256
+
+// sweep is the state of one pass over the sealed set. It belongs to runLoop.
+type sweep struct {
+	f       *Flusher
+	window  window
+	zeroes  []Zero
+	blocks  [nextBlocks]Block // given by Next; pos..n are not in the window yet
+	pos, n  int
+	last    int64 // number of the last block taken, -1 before the first
+	given   int64 // bytes of blocks given by Next since the last sync
+	ended   bool  // Next has said that the pass is complete
+	bridges [MaxBridgeBlocks]Block
+	scratch []piece
+}
+
+func (s *sweep) init(f *Flusher) {
+	s.f = f
+	s.window = newWindow(f.o.WriteBytes / BlockBytes)
+	s.scratch = make([]piece, 0, BlockBytes/SectorBytes)
+}
+
+// runLoop takes one seal after another and brings each home.
+func (f *Flusher) runLoop() {
+	timer := time.NewTimer(f.o.Staleness)
+	defer timer.Stop()
+	sealed := time.Now()
+	moved := false
+	for {
+		// A Source that stays pressed although a seal found nothing dirty is not asked again at once.
+		if !moved || !f.src.Pressed() {
+			timer.Reset(max(0, f.o.Staleness-time.Since(sealed)))
+			select {
+			case <-f.stop:
+			case <-f.wake:
+			case <-timer.C:
+			}
+		}
+		if f.stopping() {
+			return
+		}
+		select { // the seal that follows fulfils a wish made until here
+		case <-f.wake:
+		default:
+		}
+		sealed = time.Now()
+		moved = f.commit(sealed)
+	}
+}
+
+// commit takes a seal and brings it home, however many attempts that takes. It reports whether there was
+// anything to do; it ends early only by Stop.
+func (f *Flusher) commit(begin time.Time) (moved bool) {
+	f.waiting.seal()
+	seal, dirtyBytes := f.src.Seal()
+	f.counters.seals.Add(1)
+	backoff := f.o.Backoff
+	for attempt := 1; ; attempt++ {
+		m, err := f.pass()
+		moved = moved || m || dirtyBytes > 0
+		if err == nil {
+			break
+		}
+		f.src.Again()
+		if errors.Is(err, ErrStopped) {
+			return moved
+		}
+		f.health.attemptFailed(attempt, err)
+		if attempt >= f.o.FailAfter {
+			f.src.Failed(err)
+			f.waiting.fail(err)
+		}
+		if !f.pause(backoff) {
+			return moved
+		}
+		backoff = min(2*backoff, f.o.MaxBackoff)
+	}
+	f.health.attemptDone()
+	f.counters.committed(seal, time.Since(begin))
+	f.src.Committed(seal)
+	f.waiting.commit()
+	return moved
+}
+
+// pause waits for d. It reports false when the flusher stops meanwhile.
+func (f *Flusher) pause(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-f.stop:
+		return false
+	}
+}
+
+// pass writes the sealed set home once: the zeroes, then the blocks, with a sync after every SyncBytes and at
+// the end. When it returns no operation is in flight. It reports whether there was anything to write; after
+// an error the caller gives everything back by Again.
+func (f *Flusher) pass() (moved bool, err error) {
+	s := &f.sweep
+	s.reset()
+	begin, before := time.Now(), f.counters.writtenBytes.Load()
+	pending, err := s.zero()
+	moved = pending
+	for err == nil && !s.ended {
+		err = s.leg()
+		if pending = pending || s.given > 0; pending && err == nil {
+			err = s.sync()
+			pending, moved = false, true
+		}
+	}
+	f.counters.swept(f.counters.writtenBytes.Load()-before, time.Since(begin))
+	return moved, err
+}
+
+func (s *sweep) reset() {
+	s.window.reset()
+	clear(s.blocks[:])
+	s.pos, s.n, s.last, s.given, s.ended = 0, 0, -1, 0, false
+}
+
+// zero zeroes the extents of the seal and waits until all are done, since blocks may be written into them.
+func (s *sweep) zero() (any bool, err error) {
+	f := s.f
+	s.zeroes = mergeZeroes(f.src.Zeroes(s.zeroes[:0]))
+	chunk := int64(zeroBytes)
+	if f.out.zeroer == nil {
+		chunk = int64(f.o.WriteBytes)
+	}
+	ok := true
+	for _, z := range s.zeroes {
+		for ok && z.Bytes > 0 {
+			j := f.writers.take()
+			j.off, j.zeroBytes = z.Off, min(z.Bytes, chunk)
+			z.Off, z.Bytes = z.Off+j.zeroBytes, z.Bytes-j.zeroBytes
+			ok = f.writers.start(j)
+		}
+	}
+	return len(s.zeroes) > 0, f.writers.wait()
+}
+
+// leg writes blocks until SyncBytes have been given or the set is at its end, and waits for the last write.
+// It plans the next write while earlier ones are in flight.
+func (s *sweep) leg() error {
+	s.given = 0
+	final, ok := false, true
+	for ok {
+		n := s.window.next(final)
+		switch {
+		case n > 0:
+			ok = s.write(n)
+		case final:
+			ok = false
+		default:
+			final = !s.more()
+		}
+	}
+	return s.f.writers.wait()
+}
+
+// more moves one block from the Source to the window, and the bridge to it. It reports false when the leg is
+// complete.
+func (s *sweep) more() bool {
+	if s.pos == s.n && !s.fetch() {
+		return false
+	}
+	b := &s.blocks[s.pos]
+	s.pos++
+	b.check(s.last)
+	s.last = int64(b.Number)
+	s.scratch = appendPieces(s.scratch[:0], b, s.f.out.sector)
+	if len(s.scratch) > 0 {
+		s.bridge(s.scratch[0].off)
+	}
+	for _, p := range s.scratch {
+		s.window.add(p)
+	}
+	return true
+}
+
+// fetch asks the Source for more blocks, no more than the leg has room for.
+func (s *sweep) fetch() bool {
+	room := (s.f.o.SyncBytes - s.given) / BlockBytes
+	if s.ended || room <= 0 {
+		return false
+	}
+	s.pos, s.n = 0, s.f.src.Next(s.blocks[:min(nextBlocks, room)])
+	s.given += int64(s.n) * BlockBytes
+	s.ended = s.n == 0
+	return !s.ended
+}
+
+// bridge closes a small gap between the window and a piece at off with clean blocks, if all of them are
+// resident.
+func (s *sweep) bridge(off int64) {
+	first, gap := s.window.gap(off)
+	if gap == 0 || gap > int64(s.f.o.BridgeBlocks) {
+		return
+	}
+	lent := s.bridges[:s.f.src.Bridge(first, s.bridges[:gap])]
+	if int64(len(lent)) < gap {
+		return
+	}
+	for i := range lent {
+		s.window.add(piece{off: int64(first+uint64(i)) * BlockBytes, data: lent[i].Data})
+	}
+	s.f.counters.bridgedBytes.Add(uint64(gap) * BlockBytes)
+}
+
+// write starts a write of the first n pieces of the window. It reports false when the attempt is lost.
+func (s *sweep) write(n int) bool {
+	j := s.f.writers.take()
+	j.off = s.window.pieces[0].off
+	for i := range s.window.pieces[:n] {
+		j.add(&s.window.pieces[i])
+	}
+	s.window.drop(n)
+	return s.f.writers.start(j)
+}
+
+// sync makes what has been written durable and lets it turn clean. No write is in flight.
+func (s *sweep) sync() error {
+	f := s.f
+	if f.stopping() {
+		return ErrStopped
+	}
+	if planted("clean-before-sync") {
+		f.src.Synced()
+	}
+	if err := f.sync(); err != nil {
+		return err
+	}
+	if !planted("clean-before-sync") {
+		f.src.Synced()
+	}
+	return nil
+}

@@ -1,0 +1,354 @@
+package flush
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"syscall"
+	"unsafe"
+)
+
+// maxFills bounds the blocks of one write that are read from home first, and so the memory for them. Such
+// blocks are rare: the cache completes them before they go home.
+const maxFills = 64
+
+// zeroBufferBytes is the length of the buffer of zeroes for backings without Zero.
+const zeroBufferBytes = 64 << 10
+
+// job is one operation on the backing: a write of adjoining pieces, or a range to be zeroed. A fixed number
+// of them is used again and again.
+type job struct {
+	seq       uint64 // its place in the ascending order, from 1
+	off       int64
+	zeroBytes int64 // not 0: zero this many bytes, there are no bufs
+	length    int64
+	bufs      [][]byte
+	fills     []fill
+	filled    []byte      // memory of the fills, aligned to BlockBytes; made when first needed
+	gather    []byte      // memory for backings without WritevAt; made when first needed
+	written   func(error) // ends the job after an asynchronous write; made once
+}
+
+// fill is a block of a job that is completed from home before it is written: the sectors in mask come from
+// data, the others from home.
+type fill struct {
+	off  int64
+	data []byte
+	mask uint8
+}
+
+// add appends p to the write.
+func (j *job) add(p *piece) {
+	data := p.data
+	if p.fill != 0 {
+		if j.filled == nil {
+			j.filled = alignedBytes(maxFills * BlockBytes)
+		}
+		data = j.filled[len(j.fills)*BlockBytes:][:BlockBytes]
+		j.fills = append(j.fills, fill{p.off, p.data, p.fill})
+	}
+	j.bufs = append(j.bufs, data)
+	j.length += int64(len(data))
+}
+
+// reset lets go of all borrowed memory.
+func (j *job) reset() {
+	clear(j.bufs)
+	clear(j.fills)
+	*j = job{bufs: j.bufs[:0], fills: j.fills[:0], filled: j.filled, gather: j.gather, written: j.written}
+}
+
+// writers runs jobs, several at a time, started in the order in which they were given.
+type writers struct {
+	f      *Flusher
+	jobs   chan *job // unbuffered; closed by close, when runLoop has ended
+	free   chan *job // Depth jobs in flight and one that is being planned
+	issued uint64    // seq of the last job; belongs to runLoop
+	async  int       // asynchronous writes in flight; belongs to runLoop
+
+	mu      sync.Mutex // protects what follows
+	changed sync.Cond
+	turn    uint64 // seq of the last job that was started
+	running int    // jobs given and not ended
+	err     error  // the first since the last wait
+}
+
+func (w *writers) init(f *Flusher) {
+	w.f = f
+	w.changed.L = &w.mu
+	w.jobs = make(chan *job)
+	w.free = make(chan *job, f.o.Depth+1)
+	for range f.o.Depth + 1 {
+		j := &job{bufs: make([][]byte, 0, f.o.WriteBytes/BlockBytes), fills: make([]fill, 0, maxFills)}
+		j.written = func(err error) {
+			w.async--
+			w.end(j, f.written(j, err))
+		}
+		w.free <- j
+	}
+}
+
+func (w *writers) close() { close(w.jobs) }
+
+// take returns an empty job, to be given to start.
+func (w *writers) take() *job { return <-w.free }
+
+// start starts j, or gives it to a writer, as soon as fewer than Depth jobs are running. It reports false, and
+// drops j, when an earlier job has failed or the flusher stops; wait tells the error.
+func (w *writers) start(j *job) bool {
+	w.await(w.f.o.Depth - 1)
+	w.mu.Lock()
+	if w.err == nil && w.f.stopping() {
+		w.err = ErrStopped
+	}
+	ok := w.err == nil
+	if ok {
+		w.running++
+	}
+	w.mu.Unlock()
+	if !ok {
+		j.reset()
+		w.free <- j
+		return false
+	}
+	w.issued++
+	j.seq = w.issued
+	if w.f.out.starter == nil || j.zeroBytes > 0 || len(j.fills) > 0 {
+		w.jobs <- j
+	} else if w.begin(j.seq) {
+		w.async++
+		w.f.health.begin()
+		w.f.out.starter.StartWritev(j.bufs, j.off, j.written)
+	} else {
+		w.end(j, nil)
+	}
+	return true
+}
+
+// wait returns when no job is running, with the first error since it was last called.
+func (w *writers) wait() error {
+	w.await(0)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	err := w.err
+	w.err = nil
+	return err
+}
+
+// await returns when no more than n jobs are running.
+func (w *writers) await(n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.running > n {
+		if w.async == 0 {
+			w.changed.Wait()
+			continue
+		}
+		w.mu.Unlock()
+		w.f.out.starter.Reap()
+		w.mu.Lock()
+	}
+}
+
+// runWriter runs jobs until there are no more. Reads that a write needs are done beforehand, out of order;
+// writes themselves start in order.
+func (w *writers) runWriter() {
+	for j := range w.jobs {
+		err := w.f.fill(j)
+		if w.begin(j.seq) && err == nil {
+			err = w.f.write(j)
+		}
+		w.end(j, err)
+	}
+}
+
+// begin waits for the turn of job seq. It reports false when an earlier job has failed: the attempt is lost
+// and this one need not be done. It cannot wait for ever, since every earlier job has a writer already.
+func (w *writers) begin(seq uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.turn+1 != seq {
+		w.changed.Wait()
+	}
+	w.turn = seq
+	w.changed.Broadcast()
+	return w.err == nil
+}
+
+// end takes back j, which ended with err.
+func (w *writers) end(j *job, err error) {
+	if err != nil && planted("drop-on-error") {
+		err = nil
+	}
+	j.reset()
+	w.free <- j
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running--
+	if w.err == nil {
+		w.err = err
+	}
+	w.changed.Broadcast()
+}
+
+// output is the backing with its optional abilities.
+type output struct {
+	dev    Backing
+	vector vectorWriter // nil without
+	zeroer zeroer       // nil without
+	sector int          // bytes; 1 where any length is right
+
+	starter starter // nil where writes cannot be asynchronous
+}
+
+func newOutput(dev Backing) output {
+	o := output{dev: dev, sector: 1}
+	o.vector, _ = dev.(vectorWriter)
+	o.zeroer, _ = dev.(zeroer)
+	if s, ok := dev.(sectored); ok {
+		o.sector = s.SectorBytes()
+	}
+	if s, ok := dev.(starter); ok && s.Async() {
+		o.starter = s
+	}
+	return o
+}
+
+// fill completes the blocks of j from home. Neighbours are read together.
+func (f *Flusher) fill(j *job) error {
+	for i := 0; i < len(j.fills); {
+		n := 1
+		for i+n < len(j.fills) && j.fills[i+n].off == j.fills[i].off+int64(n)*BlockBytes {
+			n++
+		}
+		buf := j.filled[i*BlockBytes : (i+n)*BlockBytes]
+		if err := f.read(buf, j.fills[i].off); err != nil {
+			return err
+		}
+		for k := range n {
+			j.fills[i+k].apply(buf[k*BlockBytes:])
+		}
+		i += n
+	}
+	return nil
+}
+
+// apply copies the sectors of the mask over a block as it is at home.
+func (l *fill) apply(block []byte) {
+	for i := range BlockBytes / SectorBytes {
+		if l.mask&(1<<i) != 0 {
+			copy(block[i*SectorBytes:(i+1)*SectorBytes], l.data[i*SectorBytes:])
+		}
+	}
+}
+
+func (f *Flusher) read(p []byte, off int64) error {
+	f.health.begin()
+	n, err := f.out.dev.ReadAt(p, off)
+	f.health.end()
+	if n == len(p) {
+		err = nil
+	} else if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	f.counters.filledBlocks.Add(uint64(len(p) / BlockBytes))
+	return f.counters.failure(err, "read", off, int64(len(p)))
+}
+
+// write does what j says.
+func (f *Flusher) write(j *job) error {
+	if j.zeroBytes > 0 {
+		return f.zero(j.off, j.zeroBytes)
+	}
+	f.health.begin()
+	return f.written(j, f.out.write(j))
+}
+
+// written counts the write of j, which ended with err.
+func (f *Flusher) written(j *job, err error) error {
+	f.health.end()
+	f.counters.writes.Add(1)
+	if err == nil {
+		f.counters.writtenBytes.Add(uint64(j.length))
+	}
+	return f.counters.failure(err, "write", j.off, j.length)
+}
+
+func (o *output) write(j *job) error {
+	if o.vector != nil {
+		return o.vector.WritevAt(j.bufs, j.off)
+	}
+	if len(j.bufs) == 1 {
+		return writeFull(o.dev, j.bufs[0], j.off)
+	}
+	if j.gather == nil {
+		j.gather = alignedBytes(cap(j.bufs) * BlockBytes)
+	}
+	n := 0
+	for _, b := range j.bufs {
+		n += copy(j.gather[n:], b)
+	}
+	return writeFull(o.dev, j.gather[:n], j.off)
+}
+
+// writeFull writes p and makes an error of a short write, which io.WriterAt forbids without one.
+func writeFull(dev io.WriterAt, p []byte, off int64) error {
+	n, err := dev.WriteAt(p, off)
+	if err == nil && n < len(p) {
+		err = io.ErrShortWrite
+	}
+	return err
+}
+
+// zeroBuffer is only ever read.
+var zeroBuffer = alignedBytes(zeroBufferBytes)
+
+// zero zeroes a range: by the backing's own means if it has any, else by writing zeroes.
+func (f *Flusher) zero(off, n int64) error {
+	f.health.begin()
+	defer f.health.end()
+	err := error(syscall.EOPNOTSUPP)
+	if f.out.zeroer != nil {
+		err = f.out.zeroer.Zero(off, n)
+	}
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		err = f.writeZeroes(off, n)
+	}
+	if err == nil {
+		f.counters.zeroedBytes.Add(uint64(n))
+	}
+	return f.counters.failure(err, "zero", off, n)
+}
+
+func (f *Flusher) writeZeroes(off, n int64) error {
+	for n > 0 {
+		p := zeroBuffer[:min(n, zeroBufferBytes)]
+		if err := writeFull(f.out.dev, p, off); err != nil {
+			return err
+		}
+		f.health.progressed()
+		off, n = off+int64(len(p)), n-int64(len(p))
+	}
+	return nil
+}
+
+// sync makes all completed writes durable.
+func (f *Flusher) sync() error {
+	f.health.begin()
+	err := f.out.dev.Sync()
+	f.health.end()
+	f.counters.syncs.Add(1)
+	if err != nil {
+		f.counters.errors.Add(1)
+		return fmt.Errorf("sync backing: %w", err)
+	}
+	return nil
+}
+
+// alignedBytes returns n bytes of memory that begin on a multiple of BlockBytes, as direct I/O wants them.
+func alignedBytes(n int) []byte {
+	p := make([]byte, n+BlockBytes)
+	skip := -uintptr(unsafe.Pointer(unsafe.SliceData(p))) % BlockBytes
+	return p[skip:][:n:n]
+}
