@@ -1,0 +1,91 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/ramshelf/ramshelf/cache"
+	"github.com/ramshelf/ramshelf/cache/arena"
+	"github.com/ramshelf/ramshelf/cmd/internal/control"
+)
+
+// memoryFile opens the memory of a volume. What an earlier process left in it is kept if it belongs to the backing as
+// this is now; otherwise it is dropped where it holds nothing that the backing has not, and refused where it does.
+type memoryFile struct {
+	path  string
+	id    arena.Identity
+	stamp uint64 // incarnation of the backing
+	force bool
+	log   *slog.Logger
+}
+
+func (m *memoryFile) open() (*arena.Arena, error) {
+	if err := os.MkdirAll(filepath.Dir(m.path), 0o700); err != nil {
+		return nil, fmt.Errorf("make folder of memory files: %w", err)
+	}
+	a, warm, err := arena.Open(m.path, m.id)
+	var mismatch *arena.MismatchError
+	switch {
+	case errors.Is(err, arena.ErrBusy):
+		return nil, control.Refused(err, "another daemon serves this volume: stop it")
+	case errors.Is(err, arena.ErrForeign):
+		return m.setAside(err)
+	case errors.As(err, &mismatch):
+		return m.replace(mismatch)
+	case err != nil:
+		return nil, err
+	case warm && !a.BelongsTo(m.stamp):
+		if err := a.Close(); err != nil {
+			return nil, err
+		}
+		return m.replace(errors.New("the backing was opened by something else since the memory file was written"))
+	}
+	if warm {
+		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a))
+	}
+	return a, nil
+}
+
+// replace puts an empty memory file in the place of one that does not belong to the backing.
+func (m *memoryFile) replace(why error) (*arena.Arena, error) {
+	old, _, err := arena.Inspect(m.path)
+	if err != nil {
+		return nil, err
+	}
+	dirty := cache.Holds(old)
+	switch {
+	case dirty && !m.force:
+		old.Close()
+		return nil, control.Refused(fmt.Errorf("memory file %s holds writes that are not on the backing, and %w", m.path, why),
+			"start with the backing, --size and --memory that it was written with, or --force to set the writes aside and go on without them")
+	case dirty:
+		if err := old.Close(); err != nil {
+			return nil, err
+		}
+		return m.setAside(why)
+	}
+	m.log.Warn("memory file dropped; it held nothing that is not on the backing", "path", m.path, "why", why.Error())
+	if err := old.Remove(); err != nil {
+		return nil, fmt.Errorf("remove memory file: %w", err)
+	}
+	a, _, err := arena.Open(m.path, m.id)
+	return a, err
+}
+
+// setAside keeps a file that is not ours, or not to be lost, under another name.
+func (m *memoryFile) setAside(why error) (*arena.Arena, error) {
+	to := fmt.Sprintf("%s.set-aside-%s", m.path, time.Now().UTC().Format("20060102T150405.000000000Z"))
+	if err := os.Rename(m.path, to); err != nil {
+		return nil, fmt.Errorf("set memory file aside: %w", err)
+	}
+	m.log.Error("memory file set aside", "path", m.path, "to", to, "why", why.Error())
+	a, _, err := arena.Open(m.path, m.id)
+	if err != nil {
+		return nil, errors.Join(err, os.Rename(to, m.path))
+	}
+	return a, nil
+}

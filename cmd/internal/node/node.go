@@ -1,0 +1,299 @@
+// Package node assembles one volume: backing, superblock, memory, cache, flusher, exports. Open starts them in that order,
+// Drain and Close stop them in reverse. It is the only place that sees all the parts.
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/ramshelf/ramshelf/cache"
+	"github.com/ramshelf/ramshelf/cache/arena"
+	"github.com/ramshelf/ramshelf/cmd/internal/config"
+	"github.com/ramshelf/ramshelf/cmd/internal/control"
+	"github.com/ramshelf/ramshelf/flush"
+	"github.com/ramshelf/ramshelf/flush/home"
+	"github.com/ramshelf/ramshelf/flush/journal"
+	"github.com/ramshelf/ramshelf/nbd"
+)
+
+// Volume is one served volume. Its methods are safe for concurrent use; Drain and Close come after the last request.
+type Volume struct {
+	config     *config.Volume
+	log        *slog.Logger
+	backing    backing
+	superblock *journal.Superblock
+	arena      *arena.Arena
+	cache      *cache.Cache
+	flusher    *flush.Flusher
+	device     *device
+
+	stop   chan struct{} // ends the goroutines below
+	wg     sync.WaitGroup
+	closed sync.Once
+}
+
+// Open opens a volume: backing, memory, flusher. What is refused for safety is a control.Refused. Nothing is changed
+// where it fails.
+func Open(ctx context.Context, d *config.Daemon, c *config.Volume, log *slog.Logger) (*Volume, error) {
+	b, err := openBacking(ctx, c, log)
+	if err != nil {
+		return nil, err
+	}
+	v := &Volume{config: c, log: log, backing: b, stop: make(chan struct{})}
+	if err := v.open(d); err != nil {
+		return nil, errors.Join(err, undo(b))
+	}
+	v.start()
+	return v, nil
+}
+
+func (v *Volume) open(d *config.Daemon) error {
+	found, err := v.examine()
+	if err != nil {
+		return err
+	}
+	v.superblock = found.Superblock
+	size := found.Geometry.VolumeBytes
+	if size%cache.BlockBytes != 0 {
+		return fmt.Errorf("volume of %d bytes is not a multiple of %d; give --size %d", size, cache.BlockBytes, size/cache.BlockBytes*cache.BlockBytes)
+	}
+	memory := memoryFile{
+		path: d.MemoryFile(v.config), force: v.config.Force, log: v.log,
+		id:    arena.Identity{Volume: found.Superblock.UUID, SizeBytes: size, MemoryBytes: int64(v.config.Memory)},
+		stamp: found.Superblock.Incarnation.Stamp,
+	}
+	if v.arena, err = memory.open(); err != nil {
+		return err
+	}
+	if err := v.begin(found); err != nil {
+		return errors.Join(err, v.leave(found))
+	}
+	v.cache, err = cache.New(v.arena, cache.Config{
+		SizeBytes: size, Home: v.backing, Commits: v.config.Ack == config.AckDisk, FlushCommits: v.config.Flush == config.FlushDisk,
+		MaxDirtyBytes: int64(v.config.MaxDirty), Wake: v.wake, Now: func() int64 { return time.Now().UnixNano() }, Log: v.log,
+	})
+	if err != nil {
+		return errors.Join(err, v.arena.Close())
+	}
+	v.flusher, err = flush.New(&source{Cache: v.cache}, v.backing, flush.Options{Staleness: time.Duration(v.config.Staleness), Log: v.log})
+	if err != nil {
+		v.cache.Close()
+		return errors.Join(err, v.arena.Close())
+	}
+	v.device = newDevice(v.cache, v.backing, size, int64(v.config.Memory))
+	return nil
+}
+
+// examine reads the superblock, or says how a backing without one is taken.
+func (v *Volume) examine() (*journal.Found, error) {
+	found, err := journal.Examine(v.backing, v.backing.Size(), journal.Wanted{
+		Name: v.config.Name, VolumeBytes: int64(v.config.Size), Journal: journal.KindNone,
+		Extendable: v.config.Backing.Kind == config.BackingFile, Force: v.config.Force,
+	})
+	var refused *journal.RefusedError
+	if errors.As(err, &refused) {
+		cause := errors.New(refused.Reason)
+		if refused.Err != nil {
+			cause = fmt.Errorf("%s: %w", refused.Reason, refused.Err)
+		}
+		return nil, control.Refused(fmt.Errorf("backing %s: %w", v.config.Backing, cause), refused.Remedy)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("backing %s: %w", v.config.Backing, err)
+	}
+	return found, nil
+}
+
+// begin stamps a new incarnation into memory and backing. The memory knows the stamp before the backing has it, so a process
+// that ends in between finds them to belong together.
+func (v *Volume) begin(found *journal.Found) error {
+	if f, ok := v.backing.(*home.File); ok && found.Geometry.BackingBytes > f.Size() {
+		if err := f.Grow(found.Geometry.BackingBytes); err != nil {
+			return fmt.Errorf("make room for the metadata: %w", err)
+		}
+	}
+	v.superblock.Begin()
+	v.superblock.Clean = false
+	v.arena.Announce(v.superblock.Incarnation.Stamp)
+	if err := v.superblock.Store(v.backing, time.Now()); err != nil {
+		return err
+	}
+	v.arena.Stamp(v.superblock.Incarnation.Stamp)
+	return nil
+}
+
+// leave gives up a memory file after a failed begin; one that was just made is removed.
+func (v *Volume) leave(found *journal.Found) error {
+	if found.Adopted && !cache.Holds(v.arena) {
+		return v.arena.Remove()
+	}
+	return v.arena.Close()
+}
+
+func (v *Volume) wake() {
+	if v.flusher != nil {
+		v.flusher.Wake()
+	}
+}
+
+// Pace of what goes on in the background.
+const (
+	scrubStep  = 256 // slots
+	scrubPause = 500 * time.Millisecond
+	fillPause  = 2 * time.Millisecond
+)
+
+func (v *Volume) start() {
+	v.flusher.Start()
+	v.flusher.Wake()
+	v.wg.Go(func() {
+		if err := v.arena.Lock(v.stop); err != nil {
+			v.log.Warn("memory is not locked and may be swapped out", "err", err)
+		}
+		if v.config.Memory >= config.Size(v.device.size) {
+			v.cache.FillAll(v.stop, func() { time.Sleep(fillPause) })
+		}
+	})
+	v.wg.Go(func() {
+		for v.pause(scrubPause) {
+			v.cache.Scrub(scrubStep, func() bool { return v.pause(scrubPause) })
+		}
+	})
+}
+
+// pause waits and reports whether the volume is still open.
+func (v *Volume) pause(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-v.stop:
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// Export describes the volume under a name.
+func (v *Volume) Export(name string) *nbd.Export {
+	e := &nbd.Export{
+		Name: name, Description: fmt.Sprintf("ramshelf volume %s, ack=%s flush=%s", v.config.Name, v.config.Ack, v.config.Flush),
+		Device: v.device, MaxPayload: v.config.MaxPayloadBytes(), PreferredBlock: cache.BlockBytes,
+		Generation: func() uint64 { return 1 }, Incarnation: func() uint64 { return v.superblock.Incarnation.Counter },
+	}
+	for _, c := range contexts {
+		e.Contexts = append(e.Contexts, c.name)
+	}
+	return e
+}
+
+// Status is a snapshot of the volume.
+func (v *Volume) Status() control.VolumeStatus {
+	c, f := v.cache.Stats(), v.flusher.Status()
+	s := control.VolumeStatus{
+		Name: v.config.Name, Role: control.RolePrimary, State: control.StateOK, Generation: 1,
+		Ack: string(v.config.Ack), AckInForce: string(v.config.Ack), Flush: string(v.config.Flush),
+		SizeBytes: c.SizeBytes, MemoryBytes: c.MemoryBytes, ResidentBytes: c.ResidentBytes, FreeBytes: c.FreeBytes,
+		DirtyBytes: c.DirtyBytes, UncommittedBytes: c.DirtyBytes, UncommittedLimitBytes: int64(v.config.MaxDirty), LostBlocks: c.Lost,
+		Epoch:   control.Epoch{Open: c.Open + 1, Committed: c.Committed},
+		Journal: control.JournalStatus{Kind: "none"},
+		Reads:   control.Traffic{Requests: c.Reads, Bytes: c.ReadBytes},
+		Writes:  control.Traffic{Requests: c.Writes, Bytes: c.WriteBytes},
+		Zeroes:  control.Traffic{Requests: c.Zeroes, Bytes: c.ZeroBytes},
+		Flushes: c.Flushes, Hits: c.Hits, Misses: c.Misses,
+		Backing: control.BackingStatus{
+			State: control.BackingState(f.State.String()), Kind: string(v.config.Backing.Kind), Address: v.config.Backing.String(),
+			WrittenBytes: int64(f.WrittenBytes), Writes: f.Writes, Syncs: f.Syncs, Durability: durability(v.backing),
+		},
+	}
+	if c.UncommittedSinceNano != 0 {
+		s.UncommittedAgeSeconds = time.Since(time.Unix(0, c.UncommittedSinceNano)).Seconds()
+	}
+	if v.config.Memory >= config.Size(c.SizeBytes) {
+		s.FillRemainingBytes = max(0, c.SizeBytes-c.FillBytes)
+	}
+	if f.Err != nil {
+		s.Backing.Error = f.Err.Error()
+	}
+	switch {
+	case f.State == flush.StateFailed:
+		s.State = control.StateFailed
+	case f.State == flush.StateSlow || c.Lost > 0:
+		s.State = control.StateDegraded
+	}
+	return s
+}
+
+// Flush returns when all that was answered before it is home and synced.
+func (v *Volume) Flush(ctx context.Context) error { return v.flusher.Flush(ctx) }
+
+// progressInterval is how often Drain tells what is left.
+const progressInterval = 200 * time.Millisecond
+
+// Drain stops the volume cleanly: everything is brought home, the superblock says so, and the memory file is gone. After an
+// error the memory file stays for the next start. It comes after the last request; Close comes after it.
+func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64)) error {
+	done := make(chan error, 1)
+	go func() { done <- v.flusher.Drain(ctx) }()
+	ticker := time.NewTicker(progressInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				return fmt.Errorf("bring everything home: %w", err)
+			}
+			return v.retire()
+		case <-ticker.C:
+			progress(v.cache.Stats().DirtyBytes)
+		}
+	}
+}
+
+// retire ends a volume that is home as a whole.
+func (v *Volume) retire() error {
+	if lost := v.cache.Stats().Lost; v.cache.Dirty() {
+		return fmt.Errorf("%d blocks failed their checksum and are lost; the memory file is kept, since the backing has only their older content", lost)
+	}
+	var err error
+	v.closed.Do(func() {
+		if err = v.flusher.Stop(context.Background()); err != nil {
+			return
+		}
+		v.stopWork()
+		v.superblock.Clean = true
+		if err = v.superblock.Store(v.backing, time.Now()); err != nil {
+			err = errors.Join(err, v.arena.Close(), v.backing.Close())
+			return
+		}
+		err = errors.Join(v.arena.Remove(), v.backing.Close())
+	})
+	return err
+}
+
+func (v *Volume) stopWork() {
+	close(v.stop)
+	v.wg.Wait()
+	v.cache.Close()
+}
+
+// stopTimeout bounds how long Close waits for operations of the backing that have not ended.
+const stopTimeout = 5 * time.Second
+
+// Close stops the volume without bringing anything home: the memory file stays for a warm restart.
+func (v *Volume) Close() error {
+	var err error
+	v.closed.Do(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		if err = v.flusher.Stop(ctx); errors.Is(err, flush.ErrInFlight) {
+			return // memory and backing are in use until the process ends
+		}
+		v.stopWork()
+		err = errors.Join(err, v.arena.Close(), v.backing.Close())
+	})
+	return err
+}
