@@ -52,8 +52,8 @@ func (c *Cache) tryReserve(op *Op) bool {
 // flusher takes blocks home, a little faster while there is room: every block that it takes gives credit for the next.
 func (c *Cache) admit(n int64) bool {
 	filled := c.open.count.Load() + c.reserved.Add(n)
-	if filled <= c.openLimit/2 {
-		return true
+	if filled <= c.openLimit/2 || filled == n {
+		return true // also a single request that is larger than the bound: it can wait for nothing
 	}
 	if filled <= c.openLimit && c.credit.Load() > 0 {
 		c.credit.Add(-n)

@@ -23,31 +23,35 @@ type memoryFile struct {
 	log   *slog.Logger
 }
 
-func (m *memoryFile) open() (*arena.Arena, error) {
+// open reports besides whether the memory was kept.
+func (m *memoryFile) open() (a *arena.Arena, kept bool, err error) {
 	if err := os.MkdirAll(filepath.Dir(m.path), 0o700); err != nil {
-		return nil, fmt.Errorf("make folder of memory files: %w", err)
+		return nil, false, fmt.Errorf("make folder of memory files: %w", err)
 	}
 	a, warm, err := arena.Open(m.path, m.id)
 	var mismatch *arena.MismatchError
 	switch {
 	case errors.Is(err, arena.ErrBusy):
-		return nil, control.Refused(err, "another daemon serves this volume: stop it")
+		return nil, false, control.Refused(err, "another daemon serves this volume: stop it")
 	case errors.Is(err, arena.ErrForeign):
-		return m.setAside(err)
+		a, err = m.setAside(err)
+		return a, false, err
 	case errors.As(err, &mismatch):
-		return m.replace(mismatch)
+		a, err = m.replace(mismatch)
+		return a, false, err
 	case err != nil:
-		return nil, err
+		return nil, false, err
 	case warm && !a.BelongsTo(m.stamp):
 		if err := a.Close(); err != nil {
-			return nil, err
+			return nil, false, err
 		}
-		return m.replace(errors.New("the backing was opened by something else since the memory file was written"))
+		a, err = m.replace(errors.New("the backing was opened by something else since the memory file was written"))
+		return a, false, err
 	}
 	if warm {
 		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a))
 	}
-	return a, nil
+	return a, warm, nil
 }
 
 // replace puts an empty memory file in the place of one that does not belong to the backing.

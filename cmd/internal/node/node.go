@@ -66,10 +66,11 @@ func (v *Volume) open(d *config.Daemon) error {
 		id:    arena.Identity{Volume: found.Superblock.UUID, SizeBytes: size, MemoryBytes: int64(v.config.Memory)},
 		stamp: found.Superblock.Incarnation.Stamp,
 	}
-	if v.arena, err = memory.open(); err != nil {
+	kept := false
+	if v.arena, kept, err = memory.open(); err != nil {
 		return err
 	}
-	if err := v.begin(found); err != nil {
+	if err := v.begin(found, kept); err != nil {
 		return errors.Join(err, v.leave(found))
 	}
 	v.cache, err = cache.New(v.arena, cache.Config{
@@ -110,11 +111,14 @@ func (v *Volume) examine() (*journal.Found, error) {
 
 // begin stamps a new incarnation into memory and backing. The memory knows the stamp before the backing has it, so a process
 // that ends in between finds them to belong together.
-func (v *Volume) begin(found *journal.Found) error {
+func (v *Volume) begin(found *journal.Found, kept bool) error {
 	if f, ok := v.backing.(*home.File); ok && found.Geometry.BackingBytes > f.Size() {
 		if err := f.Grow(found.Geometry.BackingBytes); err != nil {
 			return fmt.Errorf("make room for the metadata: %w", err)
 		}
+	}
+	if !kept {
+		v.beginGeneration()
 	}
 	v.superblock.Begin()
 	v.superblock.Clean = false
@@ -124,6 +128,32 @@ func (v *Volume) begin(found *journal.Found) error {
 	}
 	v.arena.Stamp(v.superblock.Incarnation.Stamp)
 	return nil
+}
+
+// beginGeneration notes in the superblock that the volume may have lost answered writes with the memory of its last opening:
+// a session that began before must not run on over its own past. A clean stop loses nothing, nor does ack=disk.
+func (v *Volume) beginGeneration() {
+	s := v.superblock
+	last := v.generation()
+	if last != 0 && (s.Clean || v.config.Ack == config.AckDisk) {
+		return
+	}
+	if last != 0 {
+		v.log.Warn("the memory of the volume was lost while it was in use; writes that were not home are gone",
+			"ack", string(v.config.Ack), "generation", last+1)
+	}
+	if len(s.Generations) == journal.MaxGenerations {
+		s.Generations = s.Generations[1:]
+	}
+	s.Generations = append(s.Generations, journal.Generation{ID: last + 1, Parent: last, Began: time.Now().UTC()})
+}
+
+// generation is the current generation of the volume, 0 before the first.
+func (v *Volume) generation() uint64 {
+	if n := len(v.superblock.Generations); n > 0 {
+		return v.superblock.Generations[n-1].ID
+	}
+	return 0
 }
 
 // leave gives up a memory file after a failed begin; one that was just made is removed.
@@ -182,7 +212,7 @@ func (v *Volume) Export(name string) *nbd.Export {
 	e := &nbd.Export{
 		Name: name, Description: fmt.Sprintf("ramshelf volume %s, ack=%s flush=%s", v.config.Name, v.config.Ack, v.config.Flush),
 		Device: v.device, MaxPayload: v.config.MaxPayloadBytes(), PreferredBlock: cache.BlockBytes,
-		Generation: func() uint64 { return 1 }, Incarnation: func() uint64 { return v.superblock.Incarnation.Counter },
+		Generation: v.generation, Incarnation: func() uint64 { return v.superblock.Incarnation.Counter },
 	}
 	for _, c := range contexts {
 		e.Contexts = append(e.Contexts, c.name)
@@ -194,7 +224,7 @@ func (v *Volume) Export(name string) *nbd.Export {
 func (v *Volume) Status() control.VolumeStatus {
 	c, f := v.cache.Stats(), v.flusher.Status()
 	s := control.VolumeStatus{
-		Name: v.config.Name, Role: control.RolePrimary, State: control.StateOK, Generation: 1,
+		Name: v.config.Name, Role: control.RolePrimary, State: control.StateOK, Generation: v.generation(),
 		Ack: string(v.config.Ack), AckInForce: string(v.config.Ack), Flush: string(v.config.Flush),
 		SizeBytes: c.SizeBytes, MemoryBytes: c.MemoryBytes, ResidentBytes: c.ResidentBytes, FreeBytes: c.FreeBytes,
 		DirtyBytes: c.DirtyBytes, UncommittedBytes: c.DirtyBytes, UncommittedLimitBytes: int64(v.config.MaxDirty), LostBlocks: c.Lost,
