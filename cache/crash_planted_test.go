@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"github.com/ramshelf/ramshelf/cache"
@@ -70,7 +71,7 @@ func (k *crashes) check() string {
 		return err.Error()
 	}
 	defer c.Close()
-	cl := &client{v: &volume{Cache: c}, done: make(chan errno, 1)}
+	cl := &client{v: &volume{Cache: c}, done: make(chan syscall.Errno, 1)}
 	cl.op.Owner = cl
 	lo := max(0, k.off-8192)
 	hi := min(testSize, k.off+k.n+8192)

@@ -17,7 +17,7 @@ const (
 	fillers = 32
 )
 
-// fill is one read of neighbouring blocks from home. Every block of it holds a slot, so the slots bound the fills.
+// fill is one read of neighboring blocks from home. Every block of it holds a slot, so the slots bound the fills.
 type fill struct {
 	first  uint64
 	n      int
@@ -122,7 +122,7 @@ func (c *Cache) startFill(f *fill) {
 }
 
 // fillMissing looks again at every block of op that was not resident: it pins it if it came meanwhile, joins a read from
-// home that is under way, or starts one. Neighbours are read together. It uses op.spare and gives back what is left.
+// home that is under way, or starts one. Neighbors are read together. It uses op.spare and gives back what is left.
 func (c *Cache) fillMissing(op *Op) {
 	var run *fill
 	for i := range op.refs {

@@ -16,8 +16,6 @@ import (
 	"github.com/ramshelf/ramshelf/cache"
 )
 
-type errno = syscall.Errno
-
 // TestAtomicBlocks lets writers stamp whole blocks over one another while readers look: a block shows one writer's stamp in
 // all its words.
 func TestAtomicBlocks(t *testing.T) {

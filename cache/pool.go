@@ -152,14 +152,14 @@ func (c *Cache) evict(p *pool) int {
 
 // remember notes that block was evicted after a single use.
 func (sh *shard) remember(block uint64) {
-	at, print := sh.fingerprint(block)
-	sh.ghost[at] = print
+	at, mark := sh.fingerprint(block)
+	sh.ghost[at] = mark
 }
 
 // recall tells whether block was evicted a short while ago, and forgets it.
 func (sh *shard) recall(block uint64) bool {
-	at, print := sh.fingerprint(block)
-	if sh.ghost[at] != print {
+	at, mark := sh.fingerprint(block)
+	if sh.ghost[at] != mark {
 		return false
 	}
 	sh.ghost[at] = 0

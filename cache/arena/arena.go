@@ -138,8 +138,7 @@ func Open(path string, id Identity) (*Arena, bool, error) {
 	}
 	a, warm, err := open(f, id)
 	if err != nil {
-		f.Close()
-		return nil, false, err
+		return nil, false, errors.Join(err, f.Close())
 	}
 	return a, warm, nil
 }
@@ -172,24 +171,26 @@ func Inspect(path string) (*Arena, Identity, error) {
 	if err != nil {
 		return nil, Identity{}, fmt.Errorf("open memory file: %w", err)
 	}
+	a, id, err := inspect(f)
+	if err != nil {
+		return nil, Identity{}, errors.Join(err, f.Close())
+	}
+	return a, id, nil
+}
+
+func inspect(f *os.File) (*Arena, Identity, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		return nil, Identity{}, fmt.Errorf("lock %s: %w", path, ErrBusy)
+		return nil, Identity{}, fmt.Errorf("lock %s: %w", f.Name(), ErrBusy)
 	}
 	id, err := readIdentity(f)
+	if errors.Is(err, errEmpty) {
+		err = ErrForeign
+	}
 	if err != nil {
-		f.Close()
-		if errors.Is(err, errEmpty) {
-			err = ErrForeign
-		}
 		return nil, Identity{}, err
 	}
 	a, err := mapFile(f, id)
-	if err != nil {
-		f.Close()
-		return nil, Identity{}, err
-	}
-	return a, id, nil
+	return a, id, err
 }
 
 func readIdentity(f *os.File) (Identity, error) {
@@ -240,8 +241,8 @@ func identityCheck(id Identity, zeroes int64) uint32 {
 func create(f *os.File, id Identity) (*Arena, error) {
 	n := FileBytes(id.MemoryBytes)
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, n); err != nil {
-		f.Truncate(0)
-		return nil, fmt.Errorf("allocate %d bytes of shared memory in %s: %w", n, filepath.Dir(f.Name()), err)
+		err = errors.Join(err, os.Remove(f.Name()))
+		return nil, fmt.Errorf("allocate %d bytes of shared memory in %s: %w; give less --memory or another --shm", n, filepath.Dir(f.Name()), err)
 	}
 	if err := f.Truncate(n); err != nil {
 		return nil, fmt.Errorf("size memory file: %w", err)

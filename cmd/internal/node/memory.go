@@ -63,9 +63,9 @@ func (m *memoryFile) replace(why error) (*arena.Arena, error) {
 	dirty := cache.Holds(old)
 	switch {
 	case dirty && !m.force:
-		old.Close()
-		return nil, control.Refused(fmt.Errorf("memory file %s holds writes that are not on the backing, and %w", m.path, why),
+		refusal := control.Refused(fmt.Errorf("memory file %s holds writes that are not on the backing, and %w", m.path, why),
 			"start with the backing, --size and --memory that it was written with, or --force to set the writes aside and go on without them")
+		return nil, errors.Join(refusal, old.Close())
 	case dirty:
 		if err := old.Close(); err != nil {
 			return nil, err

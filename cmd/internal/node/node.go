@@ -266,6 +266,7 @@ const progressInterval = 200 * time.Millisecond
 // Drain stops the volume cleanly: everything is brought home, the superblock says so, and the memory file is gone. After an
 // error the memory file stays for the next start. It comes after the last request; Close comes after it.
 func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64)) error {
+	dirty, written := v.cache.Stats().DirtyBytes, v.flusher.Status().WrittenBytes
 	done := make(chan error, 1)
 	go func() { done <- v.flusher.Drain(ctx) }()
 	ticker := time.NewTicker(progressInterval)
@@ -278,7 +279,8 @@ func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64))
 			}
 			return v.retire()
 		case <-ticker.C:
-			progress(v.cache.Stats().DirtyBytes)
+			// What is written counts at once, though it turns clean only with the next sync.
+			progress(max(0, dirty-int64(v.flusher.Status().WrittenBytes-written)))
 		}
 	}
 }
