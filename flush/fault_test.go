@@ -131,8 +131,13 @@ func TestRealFaults(t *testing.T) {
 	if err := f.Flush(ctx); !errors.Is(err, syscall.EIO) {
 		t.Errorf("flush to a failing disk: %v", err)
 	}
-	if err := <-source.failed; !errors.Is(err, syscall.EIO) {
-		t.Errorf("failed with %v", err)
+	select {
+	case err := <-source.failed:
+		if !errors.Is(err, syscall.EIO) {
+			t.Errorf("failed with %v", err)
+		}
+	default:
+		t.Error("the source was not told")
 	}
 	if st := f.Status(); st.State != flush.StateFailed || st.Errors == 0 || st.CommittedSeal != 0 || st.FailedAttempts < flush.DefaultFailAfter {
 		t.Errorf("status %+v", st)
@@ -146,6 +151,7 @@ func TestRealFaults(t *testing.T) {
 	if err := f.Stop(ctx); err != nil {
 		t.Error(err)
 	}
+	close(states)
 	if a, b := <-states, <-states; a != flush.StateFailed || b != flush.StateOK {
 		t.Errorf("states %v, %v", a, b)
 	}
@@ -158,7 +164,7 @@ func TestRealFaults(t *testing.T) {
 	}
 }
 
-// content is what the backing holds when all is home, for a source whose blocks are neighbours.
+// content is what the backing holds when all is home, for a source whose blocks are neighbors.
 func (s *onceSource) content() (out []byte) {
 	var dst [1]flush.Block
 	for s.next = 0; s.endlessSource.Next(dst[:]) > 0; {

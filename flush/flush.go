@@ -118,7 +118,7 @@ type Options struct {
 	Staleness    time.Duration // longest time from one seal to the next
 	Depth        int           // writes in flight, at most MaxDepth
 	WriteBytes   int           // longest write, a multiple of BlockBytes, at most 4 MiB
-	SyncBytes    int64         // bytes of dirty blocks between two syncs of a pass
+	SyncBytes    int64         // most that is borrowed, and written, between two syncs of a pass, in bytes
 	BridgeBlocks int           // widest bridged gap in blocks, at most MaxBridgeBlocks; negative: none
 	FailAfter    int           // consecutive failed attempts before Source.Failed
 	Backoff      time.Duration // wait after the first failed attempt; doubles up to MaxBackoff

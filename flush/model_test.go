@@ -123,10 +123,11 @@ func (b *modelBacking) leave(kind string, off, n int64) {
 	}
 }
 
-// latency lets operations overlap.
+// latency lets operations overlap. It is never 0: time passes only when every goroutine waits, so no operation
+// ends while a writer is between its turn and its call.
 func (b *modelBacking) latency(fault string) {
 	b.mu.Lock()
-	d := time.Duration(b.rng.IntN(1000)) * time.Microsecond
+	d := time.Duration(1+b.rng.IntN(1000)) * time.Microsecond
 	b.mu.Unlock()
 	if fault == faultHang {
 		d += hangTime
@@ -276,7 +277,6 @@ type modelSource struct {
 	settled map[int64][]byte // sector offset: content that the flusher said is durable and that nothing changes now
 
 	seals, committed uint64
-	passes           int
 	failed           int
 	pressed          bool
 }
@@ -362,7 +362,9 @@ func (s *modelSource) Zeroes(dst []Zero) []Zero {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.backing.newOrder()
-	s.passes++
+	if len(s.given) > 0 {
+		s.problem("pass begins with %d blocks neither synced nor given back", len(s.given))
+	}
 	s.next = 0
 	s.zeroesGiven = slices.Clone(s.zeroes)
 	for _, z := range s.zeroes {

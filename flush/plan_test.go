@@ -159,7 +159,7 @@ func TestWindowLimitsFills(t *testing.T) {
 }
 
 // TestWindowKeepsEverything: whatever comes in leaves once, in order, in writes that adjoin and are within
-// the limits; and neighbours are cut only where a limit or the 1 MiB rule says so.
+// the limits; and neighbors are cut only where a limit or the 1 MiB rule says so.
 func TestWindowKeepsEverything(t *testing.T) {
 	for seed := range uint64(200) {
 		rng := rand.New(rand.NewPCG(seed, 0))
@@ -187,7 +187,7 @@ func TestWindowKeepsEverything(t *testing.T) {
 				}
 			}
 			if i > 0 && writes[i-1][len(writes[i-1])-1].end() == write[0].off && len(writes[i-1])+len(write) <= maxPieces {
-				t.Errorf("seed %d: writes of %d and %d neighbours could be one", seed, len(writes[i-1]), len(write))
+				t.Errorf("seed %d: writes of %d and %d neighbors could be one", seed, len(writes[i-1]), len(write))
 			}
 		}
 		if !slices.EqualFunc(in, out, func(a, b piece) bool { return a.off == b.off && len(a.data) == len(b.data) }) {
@@ -205,7 +205,7 @@ func TestWindowGap(t *testing.T) {
 		gap   int64
 	}{
 		{"empty", nil, 8 * BlockBytes, 0, 0},
-		{"neighbour", blocks(0, 2), 2 * BlockBytes, 2, 0},
+		{"neighbor", blocks(0, 2), 2 * BlockBytes, 2, 0},
 		{"three blocks", blocks(0, 2), 5 * BlockBytes, 2, 3},
 		{"ends in a block", []piece{{off: 0, data: make([]byte, 512)}}, 5 * BlockBytes, 0, 0},
 		{"begins in a block", blocks(0, 2), 5*BlockBytes + 512, 0, 0},

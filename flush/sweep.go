@@ -20,7 +20,7 @@ type sweep struct {
 	blocks  [nextBlocks]Block // given by Next; pos..n are not in the window yet
 	pos, n  int
 	last    int64 // number of the last block taken, -1 before the first
-	given   int64 // bytes of blocks given by Next since the last sync
+	given   int64 // bytes lent by Next and Bridge since the last sync
 	ended   bool  // Next has said that the pass is complete
 	bridges [MaxBridgeBlocks]Block
 	scratch []piece
@@ -51,7 +51,7 @@ func (f *Flusher) runLoop() {
 		if f.stopping() {
 			return
 		}
-		select { // the seal that follows fulfils a wish made until here
+		select { // the seal that follows fulfills a wish made until here
 		case <-f.wake:
 		default:
 		}
@@ -133,7 +133,7 @@ func (s *sweep) reset() {
 }
 
 // zero zeroes the extents of the seal and waits until all are done, since blocks may be written into them.
-func (s *sweep) zero() (any bool, err error) {
+func (s *sweep) zero() (moved bool, err error) {
 	f := s.f
 	s.zeroes = mergeZeroes(f.src.Zeroes(s.zeroes[:0]))
 	chunk := int64(zeroBytes)
@@ -152,7 +152,7 @@ func (s *sweep) zero() (any bool, err error) {
 	return len(s.zeroes) > 0, f.writers.wait()
 }
 
-// leg writes blocks until SyncBytes have been given or the set is at its end, and waits for the last write.
+// leg writes blocks until SyncBytes are lent or the set is at its end, and waits for the last write.
 // It plans the next write while earlier ones are in flight.
 func (s *sweep) leg() error {
 	s.given = 0
@@ -211,6 +211,7 @@ func (s *sweep) bridge(off int64) {
 		return
 	}
 	lent := s.bridges[:s.f.src.Bridge(first, s.bridges[:gap])]
+	s.given += int64(len(lent)) * BlockBytes
 	if int64(len(lent)) < gap {
 		return
 	}

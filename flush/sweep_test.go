@@ -102,6 +102,15 @@ var rigKinds = []rigKind{
 	{"async4096", 4096, func(b *modelBacking) Backing { return newAsyncBacking(b) }},
 }
 
+// eachKind runs test in a bubble of its own for each kind.
+func eachKind(t *testing.T, test func(t *testing.T, k rigKind)) {
+	for _, k := range rigKinds {
+		t.Run(k.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { test(t, k) })
+		})
+	}
+}
+
 // TestFlusherBringsAllHome runs the models without faults.
 func TestFlusherBringsAllHome(t *testing.T) {
 	for _, k := range rigKinds {
@@ -191,8 +200,8 @@ func TestFlusherManyErrors(t *testing.T) {
 // TestFlusherFails: a backing that fails is tried again with growing pauses; those that must be told are told
 // after FailAfter attempts; nothing is lost, and the state says so.
 func TestFlusherFails(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1, rigKinds[0])
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
 		const attempts = 5
 		var at []time.Time
 		r.backing.fault = func(kind string, n int) string {
@@ -282,8 +291,8 @@ func TestFlusherBackoffIsBounded(t *testing.T) {
 // TestFlusherSlow: a hang shows after SlowAfter and is over with the next completion; nothing is written
 // beside it in its range, which modelBacking watches.
 func TestFlusherSlow(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1, rigKinds[0])
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
 		r.backing.fault = func(kind string, n int) string {
 			if kind == opWrite && n == 1 {
 				return faultHang
@@ -317,8 +326,8 @@ func TestFlusherSlow(t *testing.T) {
 
 // TestFlusherStopDuringHang: Stop says that something is in flight and does not give it up.
 func TestFlusherStopDuringHang(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1, rigKinds[0])
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
 		r.backing.fault = func(kind string, n int) string {
 			if kind == opWrite && n == 1 {
 				return faultHang
@@ -352,8 +361,8 @@ func TestFlusherStopDuringHang(t *testing.T) {
 
 // TestFlusherStopDuringBackoff: a failing backing does not hold up a stop.
 func TestFlusherStopDuringBackoff(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1, rigKinds[0])
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
 		r.backing.fault = func(string, int) string { return faultFail }
 		r.source.publish(3, 0, 8)
 		r.flusher.Start()
@@ -372,8 +381,8 @@ func TestFlusherStopDuringBackoff(t *testing.T) {
 // TestFlusherPace: seals are Staleness apart while nothing presses, and follow one another while something
 // does, but not when a pressed source has nothing dirty.
 func TestFlusherPace(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1, rigKinds[0])
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
 		r.flusher.Start()
 		time.Sleep(10*time.Second + time.Millisecond)
 		if got := r.flusher.Status().Seals; got != 10 {
@@ -400,6 +409,67 @@ func TestFlusherPace(t *testing.T) {
 	})
 }
 
+// TestFlusherZeroesAlone: a seal of zeroes without blocks is synced before it is committed.
+func TestFlusherZeroesAlone(t *testing.T) {
+	eachKind(t, func(t *testing.T, k rigKind) {
+		r := newRig(t, 1, k)
+		r.source.zero(5, 9)
+		r.flusher.Start()
+		if err := r.flusher.Flush(context.Background()); err != nil {
+			t.Error(err)
+		}
+		if st := r.flusher.Status(); st.Syncs != 1 || st.ZeroedBytes != 9*BlockBytes || st.Writes != 0 {
+			t.Errorf("status %+v", st)
+		}
+		_ = r.flusher.Stop(context.Background())
+		for _, p := range r.source.finish() {
+			t.Error(p)
+		}
+	})
+}
+
+// TestFlusherBridges: gaps that are resident and no wider than the limit are written along; a gap that is
+// wider, or not all resident, begins another write, and none of it is written.
+func TestFlusherBridges(t *testing.T) {
+	for _, c := range []struct {
+		name            string
+		resident, dirty []uint64
+		writes, bridged uint64 // writes, and blocks
+	}{
+		{"no gap", nil, []uint64{2, 3, 4}, 1, 0},
+		{"three resident", []uint64{3, 4, 5}, []uint64{2, 6}, 1, 3},
+		{"four resident", []uint64{3, 4, 5, 6}, []uint64{2, 7}, 2, 0},
+		{"the last is not resident", []uint64{3, 4}, []uint64{2, 6}, 2, 0},
+		{"the first is not resident", []uint64{4, 5}, []uint64{2, 6}, 2, 0},
+		{"two gaps", []uint64{3, 5}, []uint64{2, 4, 6}, 1, 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, 1, rigKinds[0])
+				for _, i := range c.resident {
+					r.source.resident[i] = true
+				}
+				for _, i := range c.dirty {
+					r.source.publish(i, 0, 8)
+				}
+				r.flusher.Start()
+				if err := r.flusher.Flush(context.Background()); err != nil {
+					t.Error(err)
+				}
+				st := r.flusher.Status()
+				want := (uint64(len(c.dirty)) + c.bridged) * BlockBytes
+				if st.Writes != c.writes || st.BridgedBytes != c.bridged*BlockBytes || st.WrittenBytes != want {
+					t.Errorf("%d writes of %d bytes, %d bridged", st.Writes, st.WrittenBytes, st.BridgedBytes)
+				}
+				_ = r.flusher.Stop(context.Background())
+				for _, p := range r.source.finish() {
+					t.Error(p)
+				}
+			})
+		})
+	}
+}
+
 // TestFlushCoversWhatCameBefore: Flush does not return on a seal that was taken before it was called.
 func TestFlushCoversWhatCameBefore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -409,7 +479,7 @@ func TestFlushCoversWhatCameBefore(t *testing.T) {
 			r.source.publish(i, 0, 8)
 			r.flusher.Wake()
 			time.Sleep(300 * time.Microsecond) // the seal is taken and being written
-			r.source.publish(i+40, 0, 8)
+			r.source.publish(i+30, 0, 8)
 			if err := r.flusher.Flush(context.Background()); err != nil {
 				t.Fatal(err)
 			}

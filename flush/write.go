@@ -215,7 +215,7 @@ func newOutput(dev Backing) output {
 	return o
 }
 
-// fill completes the blocks of j from home. Neighbours are read together.
+// fill completes the blocks of j from home. Neighbors are read together.
 func (f *Flusher) fill(j *job) error {
 	for i := 0; i < len(j.fills); {
 		n := 1

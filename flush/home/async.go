@@ -36,24 +36,26 @@ type asyncWrite struct {
 
 // iocb is struct iocb of include/uapi/linux/aio_abi.h on a little-endian machine.
 type iocb struct {
-	data     uint64
-	key      uint32
-	rwFlags  uint32
-	opcode   uint16
-	priority int16
-	fd       uint32
-	buf      uint64
-	nbytes   uint64
-	offset   int64
-	reserved uint64
-	flags    uint32
-	eventFD  uint32
+	data   uint64
+	_      uint32 // key
+	_      uint32 // rw_flags
+	opcode uint16
+	_      int16 // reqprio
+	fd     uint32
+	buf    uint64
+	nbytes uint64
+	offset int64
+	_      uint64
+	_      uint32 // flags
+	_      uint32 // resfd
 }
 
 // ioEvent is struct io_event of the same file.
 type ioEvent struct {
-	data, obj uint64
-	res, res2 int64
+	data uint64 // of the iocb
+	_    uint64 // obj
+	res  int64
+	_    int64 // res2
 }
 
 // iocbPwritev is IOCB_CMD_PWRITEV: buf is an array of nbytes iovecs.
@@ -86,7 +88,8 @@ func (f *File) Async() bool { return f.async != nil }
 
 // StartWritev begins WritevAt(bufs, off) and returns. done is called with its result, by Reap or, for a write
 // that cannot be asynchronous, before StartWritev returns. bufs and what they point to are lent until then.
-// Writes begin in the order of the calls. Close must not be called before every done.
+// Writes begin in the order of the calls. A write must not overlap one that the same goroutine has begun and
+// not reaped: it would wait for ever. Close must not be called before every done.
 func (f *File) StartWritev(bufs [][]byte, off int64, done func(error)) {
 	if f.async == nil || !f.async.start(bufs, off, done) {
 		done(f.WritevAt(bufs, off))

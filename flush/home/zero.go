@@ -61,13 +61,12 @@ func (f *File) zeroSectors(off, n int64) error {
 
 func (f *File) zeroBy(method zeroMethod, fd int, off, n int64) error {
 	switch {
-	case method == zeroPunch:
-		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
-	case f.device:
+	case method == zeroRange && f.device:
 		return zeroOut(fd, off, n)
-	default:
+	case method == zeroRange:
 		return unix.Fallocate(fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 	}
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
 
 // refused tells a method that is not there from one that failed.

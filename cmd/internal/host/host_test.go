@@ -107,37 +107,31 @@ func TestListenLeavesOtherFilesAlone(t *testing.T) {
 	}
 }
 
-// Of many daemons that find one stale socket, one gets it, and keeps it.
-func TestListenRace(t *testing.T) {
-	path := filepath.Join(shortDir(t), "x.sock")
-	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+// While one daemon looks at a socket and replaces it, another cannot take the fresh one for stale.
+func TestListenLocksItsFolder(t *testing.T) {
+	dir := shortDir(t)
+	folder, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	stale.SetUnlinkOnClose(false)
-	stale.Close()
-	var wg sync.WaitGroup
-	listeners := make(chan net.Listener, 8)
-	for range cap(listeners) {
-		wg.Go(func() {
-			if l, err := Listen("unix", path, 0o660); err == nil {
-				listeners <- l
-			} else if !errors.Is(err, ErrInUse) {
-				t.Error(err)
-			}
-		})
+	defer folder.Close()
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_SH); err != nil {
+		t.Fatal(err)
 	}
-	wg.Wait()
-	if len(listeners) != 1 {
-		t.Errorf("%d listeners, want 1", len(listeners))
+	path := filepath.Join(dir, "x.sock")
+	if _, err := Listen("unix", path, 0o660); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("listened beside another: %v", err)
 	}
-	if c, err := net.Dial("unix", path); err != nil {
-		t.Errorf("nobody answers: %v", err)
-	} else {
-		c.Close()
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
 	}
-	for range len(listeners) {
-		(<-listeners).Close()
+	l, err := Listen("unix", path, 0o660)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	if err := unix.Flock(int(folder.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		t.Errorf("the lock outlives Listen: %v", err)
 	}
 }
 

@@ -80,7 +80,9 @@ func (v *Volume) open(d *config.Daemon) error {
 	if err != nil {
 		return errors.Join(err, v.arena.Close())
 	}
-	v.flusher, err = flush.New(&source{Cache: v.cache}, v.backing, flush.Options{Staleness: time.Duration(v.config.Staleness), Log: v.log})
+	v.flusher, err = flush.New(&source{Cache: v.cache}, v.backing, flush.Options{
+		Staleness: time.Duration(v.config.Staleness), SyncBytes: syncBytes(int64(v.config.Memory)), Log: v.log,
+	})
 	if err != nil {
 		v.cache.Close()
 		return errors.Join(err, v.arena.Close())
@@ -88,6 +90,9 @@ func (v *Volume) open(d *config.Daemon) error {
 	v.device = newDevice(v.cache, v.backing, size, int64(v.config.Memory))
 	return nil
 }
+
+// syncBytes is how much goes home between two syncs: an eighth of a small memory, since it stays in use until the sync.
+func syncBytes(memory int64) int64 { return min(flush.DefaultSyncBytes, memory/8) }
 
 // examine reads the superblock, or says how a backing without one is taken.
 func (v *Volume) examine() (*journal.Found, error) {
