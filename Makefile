@@ -78,8 +78,7 @@ vet:
 	$(GO) vet -tags planted ./...
 
 cross:
-	GOARCH=arm64 $(GO) build -o out/ramshelf-arm64 ./cmd/ramshelf
-	GOARCH=arm64 $(GO) vet ./...
+	GOARCH=arm64 $(GO) build ./...
 
 unit:
 	$(GO) test $(UNIT)

@@ -6,9 +6,9 @@
 // business of package cache. Layout, all words little-endian and naturally aligned:
 //
 //	0        file header, 4096 bytes
-//	4096     zero extents, 32 bytes each
+//	4096     zero extents, 32 bytes each, one for 32 slots, at most 2048
 //	...      slot headers, 24 bytes each, from the next multiple of 4096
-//	...      slots, 4096 bytes each, from the next multiple of 2 MiB
+//	...      slots, 4096 bytes each, from the next multiple of 4096; of 2 MiB where the slots take 1 GiB or more
 package arena
 
 import (
@@ -27,9 +27,12 @@ import (
 // SlotBytes is the size of a slot and of a block.
 const SlotBytes = 4096
 
-// ZeroEntries is how many zero extents a memory file holds. A file system that discards its free space
-// sends a few hundred at a time; the flusher takes them all with the next seal.
-const ZeroEntries = 2048
+// zeroEntries is how many zero extents a memory file has room for. A file system that discards its free space sends a few
+// hundred at a time; the flusher takes them all with the next seal.
+func zeroEntries(memoryBytes int64) int64 {
+	const most, slotsEach = 2048, 32
+	return min(most, memoryBytes/SlotBytes/slotsEach)
+}
 
 const (
 	fileMagic     = "RAMSHELF"
@@ -37,7 +40,10 @@ const (
 	headBytes     = 4096
 	zeroBytes     = 32
 	headerBytes   = 24
-	dataAlign     = 2 << 20
+
+	// hugeFrom is the memory from which on huge pages are worth the memory that their alignment costs.
+	hugeFrom = 1 << 30
+	hugePage = 2 << 20
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -121,9 +127,12 @@ func FileBytes(memoryBytes int64) int64 {
 }
 
 func offsets(memoryBytes int64) (headers, data int64) {
-	headers = roundUp(headBytes+ZeroEntries*zeroBytes, SlotBytes)
-	data = roundUp(headers+memoryBytes/SlotBytes*headerBytes, dataAlign)
-	return headers, data
+	headers = roundUp(headBytes+zeroEntries(memoryBytes)*zeroBytes, SlotBytes)
+	align := int64(SlotBytes)
+	if memoryBytes >= hugeFrom {
+		align = hugePage
+	}
+	return headers, roundUp(headers+memoryBytes/SlotBytes*headerBytes, align)
 }
 
 func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
@@ -214,7 +223,7 @@ func readIdentity(f *os.File) (Identity, error) {
 	h := (*head)(unsafe.Pointer(&b[0]))
 	id := Identity{Volume: h.volume, SizeBytes: h.size, MemoryBytes: h.memory}
 	if string(h.magic[:]) != fileMagic || h.version != formatVersion || h.check != identityCheck(id, h.zeroes) ||
-		h.zeroes != ZeroEntries || info.Size() != FileBytes(id.MemoryBytes) {
+		h.zeroes != zeroEntries(h.memory) || info.Size() != FileBytes(id.MemoryBytes) {
 		return Identity{}, fmt.Errorf("%s: %w", f.Name(), ErrForeign)
 	}
 	return id, nil
@@ -252,8 +261,8 @@ func create(f *os.File, id Identity) (*Arena, error) {
 		return nil, err
 	}
 	h := a.head
-	h.volume, h.size, h.memory, h.zeroes = id.Volume, id.SizeBytes, id.MemoryBytes, ZeroEntries
-	h.version, h.check = formatVersion, identityCheck(id, ZeroEntries)
+	h.volume, h.size, h.memory, h.zeroes = id.Volume, id.SizeBytes, id.MemoryBytes, zeroEntries(id.MemoryBytes)
+	h.version, h.check = formatVersion, identityCheck(id, h.zeroes)
 	copy(h.magic[:], fileMagic)
 	return a, nil
 }
@@ -268,7 +277,7 @@ func mapFile(f *os.File, id Identity) (*Arena, error) {
 	slots := int(id.MemoryBytes / SlotBytes)
 	a := &Arena{file: f, mem: mem, data: mem[data:n:n], head: (*head)(unsafe.Pointer(&mem[0]))}
 	a.Headers = unsafe.Slice((*Header)(unsafe.Pointer(&mem[headers])), slots)
-	a.Zeroes = unsafe.Slice((*Zero)(unsafe.Pointer(&mem[headBytes])), ZeroEntries)
+	a.Zeroes = unsafe.Slice((*Zero)(unsafe.Pointer(&mem[headBytes])), zeroEntries(id.MemoryBytes))
 	// Both are hints: without huge pages it is slower, with dumps a core file is larger.
 	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
 	_ = unix.Madvise(mem, unix.MADV_DONTDUMP)

@@ -2,10 +2,12 @@ package node
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"time"
 
 	"github.com/ramshelf/ramshelf/cmd/internal/config"
 	"github.com/ramshelf/ramshelf/cmd/internal/control"
@@ -31,10 +33,13 @@ type extentMapper interface {
 // backingConnections is how many connections a backing over NBD has, where its server can share one export among several.
 const backingConnections = 4
 
+// backingTimeout is how long a server may take for one request before its connections are cut and the request is sent again.
+const backingTimeout = 30 * time.Second
+
 // openBacking opens and locks the backing of v. A missing file is made if v says how large it shall be.
 func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backing, error) {
 	if v.Backing.Kind == config.BackingNBD {
-		c, err := nbd.Dial(ctx, v.Backing.URI, nbd.ClientOptions{Connections: backingConnections, Log: log})
+		c, err := dialBacking(ctx, v.Backing.URI, log)
 		if err != nil {
 			return nil, fmt.Errorf("open backing %s: %w", v.Backing, err)
 		}
@@ -52,6 +57,23 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 		return nil, err
 	}
 	return f, nil
+}
+
+// dialBacking connects to a backing over NBD. Where the volume was not stopped cleanly, writes of the process before may still be
+// on their way to the server: the first write then waits until they cannot land any more.
+func dialBacking(ctx context.Context, uri string, log *slog.Logger) (*nbd.Client, error) {
+	probe, err := nbd.Dial(ctx, uri, nbd.ClientOptions{Timeout: backingTimeout, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	s, err := journal.Load(probe, journal.AreaOffset(probe.Size()))
+	clean := errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean
+	if err := probe.Close(); err != nil {
+		return nil, err
+	}
+	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: !clean, Log: log}
+	_, _ = rand.Read(o.Session[:]) // never fails (crypto/rand)
+	return nbd.Dial(ctx, uri, o)
 }
 
 // undo takes back that the backing was made, and closes it.
