@@ -48,6 +48,15 @@ func (d *disk) zero(off, n int64) {
 	clear(d.data[off : off+n])
 }
 
+// garble is what a disk may do to a block whose sync failed.
+func (d *disk) garble(block int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := range int64(cache.BlockBytes) {
+		d.data[block*cache.BlockBytes+i] ^= 0x5a
+	}
+}
+
 // volume is a cache with a flusher that a test drives or that runs beside it.
 type volume struct {
 	*cache.Cache
@@ -56,6 +65,7 @@ type volume struct {
 	disk  *disk
 	path  string
 	id    arena.Identity
+	fate  *rand.Rand // of the flusher's goroutine
 	cfg   cache.Config
 	wake  chan struct{}
 	stop  chan struct{}
@@ -69,7 +79,7 @@ func newVolume(t testing.TB, sizeBytes, memoryBytes int64, change func(*cache.Co
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	v := &volume{t: t, disk: &disk{data: make([]byte, sizeBytes)}, path: filepath.Join(dir, "v.mem"), wake: make(chan struct{}, 1)}
+	v := &volume{t: t, disk: &disk{data: make([]byte, sizeBytes)}, path: filepath.Join(dir, "v.mem"), fate: rand.New(rand.NewPCG(5, 5)), wake: make(chan struct{}, 1)}
 	v.id = arena.Identity{Volume: [16]byte{1}, SizeBytes: sizeBytes, MemoryBytes: memoryBytes}
 	v.cfg = cache.Config{SizeBytes: sizeBytes, Home: v.disk}
 	v.cfg.Wake = func() {
@@ -115,11 +125,20 @@ func (v *volume) restart() {
 	v.open()
 }
 
-// flush commits everything, and reports false where the disk or a fault said no.
+// flush commits everything. Now and then it syncs in the middle of the pass, and fails: then the disk may have what it was
+// given since the last sync, or garbage in its place.
 func (v *volume) flush() {
 	seal, _ := v.Seal()
+	for !v.pass() {
+	}
+	v.Committed(seal)
+}
+
+// pass brings the seal home and reports whether it got to its end.
+func (v *volume) pass() bool {
 	v.Zeroes(v.disk.zero)
-	var batch [64]cache.Version
+	var batch [16]cache.Version
+	var unsynced []int64
 	last := int64(-1)
 	for n := v.Next(batch[:]); n > 0; n = v.Next(batch[:]) {
 		for _, b := range batch[:n] {
@@ -128,10 +147,24 @@ func (v *volume) flush() {
 			}
 			last = int64(b.Number)
 			v.disk.write(b)
+			if b.Dirty == 0xff {
+				unsynced = append(unsynced, last)
+			}
+		}
+		switch v.fate.IntN(24) {
+		case 0, 1, 2:
+			v.Synced()
+			unsynced = unsynced[:0]
+		case 3:
+			for _, b := range unsynced {
+				v.disk.garble(b)
+			}
+			v.Again()
+			return false
 		}
 	}
 	v.Synced()
-	v.Committed(seal)
+	return true
 }
 
 func (v *volume) startFlusher() {

@@ -72,6 +72,9 @@ func (c *Cache) unlink(sh *shard, block uint64, s uint32) {
 // drop returns to c.release after they have unlocked; noSlot if somebody still pins it.
 func (c *Cache) drop(sh *shard, block uint64, s uint32) uint32 {
 	c.unlink(sh, block, s)
+	if c.meta(s).lost {
+		c.stats.lost.Add(^uint64(0))
+	}
 	return c.retire(s)
 }
 

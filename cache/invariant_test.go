@@ -183,6 +183,10 @@ func TestBitFlips(t *testing.T) {
 	if got, err := c.read(4096, 4096); err != nil || !bytes.Equal(got, p) {
 		t.Errorf("rewritten block: %v", err)
 	}
+	v.flush()
+	if s := v.Stats(); s.Lost != 0 || v.Dirty() {
+		t.Errorf("%d blocks count as lost after they were rewritten, dirty %v", s.Lost, v.Dirty())
+	}
 }
 
 // flipAll flips a bit in every copy of the block in the memory file, behind the back of the cache.

@@ -75,9 +75,8 @@ func (c *Cache) restoreSlot(s uint32, m meta, number uint64) {
 			c.arena.Headers[s].Number.Store(0)
 			return
 		}
-		c.unlink(sh, m.block, old)
-		c.arena.Headers[old].Number.Store(0)
 		c.open.remove(old)
+		c.drop(sh, m.block, old) // freeRest puts it on its free list
 	}
 	c.insert(sh, m.block, s)
 	c.state[s].Store(stateMain)

@@ -22,8 +22,9 @@ type pass struct {
 	taken  bitmap // given out since the last Synced or Again
 	from   uint64 // blocks before it were taken in this pass
 	sorted []keyed
-	zeroes []extent // taken
-	zeroed bool     // the extents of the seal were given out in this pass
+	zeroes []extent // given out since the last Synced or Again
+	zeroed []extent // home and synced; they hold until the seal is committed, since versions that they supersede are still in it
+	asked  bool     // the extents of the seal were given out in this pass
 	pinned []uint32 // by Bridge
 }
 
@@ -57,16 +58,16 @@ func (c *Cache) Seal() (seal uint64, dirtyBytes int64) {
 }
 
 func (c *Cache) restartPass() {
-	c.pass.from, c.pass.sorted, c.pass.zeroed = 0, c.pass.sorted[:0], false
+	c.pass.from, c.pass.sorted, c.pass.asked = 0, c.pass.sorted[:0], false
 }
 
-// Zeroes gives the extents of the seal, as ranges of bytes, oldest first. They go home before any block.
+// Zeroes gives the extents of the seal that are not home yet, as ranges of bytes, oldest first. They go home before any block.
 func (c *Cache) Zeroes(give func(off, n int64)) {
 	p := &c.pass
-	if p.zeroed {
-		return
+	if p.asked || len(p.zeroed) > 0 {
+		return // those that are home must not be zeroed again: newer blocks may be home in their place
 	}
-	p.zeroed = true
+	p.asked = true
 	c.pub.Lock()
 	p.zeroes = c.zeroes.upTo(c.seal)
 	c.pub.Unlock()
@@ -205,12 +206,7 @@ func (c *Cache) Synced() {
 		c.pub.Unlock()
 		c.releaseAll(gone)
 	}
-	for _, e := range p.zeroes {
-		c.reap(e)
-		c.pub.Lock()
-		c.zeroes.remove(e.number)
-		c.pub.Unlock()
-	}
+	p.zeroed = append(p.zeroed, p.zeroes...)
 	p.zeroes = p.zeroes[:0]
 	c.fertile()
 	c.writeQueue.kick()
@@ -288,6 +284,13 @@ func (c *Cache) unpinBridges() {
 
 // Committed says that the whole seal is home and synced. Those who waited for it are answered.
 func (c *Cache) Committed(seal uint64) {
+	for _, e := range c.pass.zeroed {
+		c.reap(e)
+		c.pub.Lock()
+		c.zeroes.remove(e.number)
+		c.pub.Unlock()
+	}
+	c.pass.zeroed = c.pass.zeroed[:0]
 	c.pub.Lock()
 	c.sealing, c.committed, c.sealedSince = false, seal, 0
 	if c.safe.Load() < seal {
@@ -296,6 +299,7 @@ func (c *Cache) Committed(seal uint64) {
 	done := c.waitSealed
 	c.waitSealed = opList{}
 	c.pub.Unlock()
+	c.writeQueue.kick()
 	done.each(func(op *Op) { op.end(0) })
 }
 

@@ -24,7 +24,8 @@ type Stats struct {
 
 	Reads, ReadBytes, Writes, WriteBytes, Zeroes, ZeroBytes, Flushes uint64
 	Hits, Misses, Waits, Evicted, FilledBytes, ReadErrors            uint64
-	Corrupt, Lost, ScrubbedBytes                                     uint64
+	Corrupt, ScrubbedBytes                                           uint64
+	Lost                                                             uint64 // blocks that are lost now
 }
 
 // Stats reads the counters.
