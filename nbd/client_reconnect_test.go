@@ -437,6 +437,45 @@ func TestClientQuarantine(t *testing.T) {
 	}
 }
 
+// The write in flight counts also if another connection of the same group is the first to be noticed dead.
+func TestClientQuarantineOfTheOtherConnection(t *testing.T) {
+	for range 100 {
+		waiting := make(chan struct{}, 2)
+		f := fake(t, func(number int, p *fakePeer) {
+			p.flags |= FlagCanMultiConn
+			if p.handshake() != nil {
+				return
+			}
+			for {
+				r, err := p.request()
+				if err != nil {
+					return
+				}
+				if number < 2 {
+					waiting <- struct{}{}
+					continue // no answer
+				}
+				if r.command == CmdWrite {
+					t.Error("a write came in the quarantine")
+				}
+				p.answer(r, 0, make([]byte, r.length))
+			}
+		})
+		c := dial(t, f.uri, ClientOptions{Connections: 2, Quarantine: time.Hour, ReconnectDelay: 1})
+		var wg sync.WaitGroup
+		wg.Go(func() { _, _ = c.WriteAt(make([]byte, 512), 0) })
+		<-waiting
+		wg.Go(func() { _, _ = c.ReadAt(make([]byte, 512), 0) })
+		<-waiting
+		f.cut()
+		wg.Wait()
+		wg.Go(func() { _, _ = c.WriteAt(make([]byte, 512), 0) })
+		time.Sleep(time.Millisecond)
+		_ = c.Close()
+		wg.Wait()
+	}
+}
+
 // A server that knows OptSession fences the old connection, so no quarantine is needed.
 func TestClientSession(t *testing.T) {
 	var mu sync.Mutex
@@ -487,21 +526,23 @@ func TestClientSession(t *testing.T) {
 		t.Errorf("write of a new session after an unclean end: %v", err)
 	}
 
-	// A server that forgot the option may have forgotten the fence.
-	forget := func(number int, p *fakePeer) {
-		if number == 0 {
-			p.volume = &sessionReply{Generation: 1}
-		}
-		if p.handshake() != nil {
-			return
-		}
-		_, _ = p.request()
-	}
+	// Both servers must know the option: the one that has the old write, and the one that fences it.
 	o = ClientOptions{Session: [16]byte{7}, Quarantine: time.Hour, Timeout: 200 * time.Millisecond}
-	c = dial(t, fake(t, forget).uri, o)
-	for range 2 {
+	for _, knows := range []int{0, 1} {
+		c = dial(t, fake(t, func(number int, p *fakePeer) {
+			if number == knows {
+				p.volume = &sessionReply{Generation: 1}
+			}
+			if p.handshake() != nil {
+				return
+			}
+			_, _ = p.request()
+		}).uri, o)
 		if _, err := c.WriteAt(p, 0); err == nil {
-			t.Error("write without a fence succeeded")
+			t.Error("the unanswered write succeeded")
+		}
+		if _, err := c.WriteAt(p, 0); err == nil || !strings.Contains(err.Error(), "quarantine") {
+			t.Errorf("only connection %d knows the option, write on the second: %v", knows, err)
 		}
 	}
 }
@@ -658,6 +699,40 @@ func TestClientHungServer(t *testing.T) {
 			wg.Wait()
 			_ = c.Close()
 		}
+	}
+}
+
+// On TCP a connection that is given up is reset, so that the server drops what it has not read.
+func TestClientResetsTCP(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	ended := make(chan error, 1)
+	go func() {
+		nc, err := ln.Accept()
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer nc.Close()
+		p := &fakePeer{t: t, Conn: nc, size: 1 << 20, flags: FlagHasFlags}
+		if err := p.handshake(); err != nil {
+			ended <- err
+			return
+		}
+		for err == nil {
+			_, err = nc.Read(make([]byte, 4096))
+		}
+		ended <- err
+	}()
+	c := dial(t, "nbd://"+ln.Addr().String(), ClientOptions{Timeout: 20 * time.Millisecond})
+	if _, err := c.WriteAt(make([]byte, 512), 0); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("write: %v", err)
+	}
+	if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the connection ends with %v, want a reset", err)
 	}
 }
 

@@ -299,6 +299,8 @@ func TestClientBounds(t *testing.T) {
 		}
 		if n, err := c.WriteAt(make([]byte, test.n), test.off); !errors.Is(err, test.write) || err == nil && n != int(test.n) {
 			t.Errorf("write of %d at %d: %d, %v; want %v", test.n, test.off, n, err, test.write)
+		} else if test.write == syscall.ENOSPC && !strings.Contains(err.Error(), "the export has 1048576 bytes") {
+			t.Errorf("write of %d at %d: %v; it does not say where the end is", test.n, test.off, err)
 		}
 		if err := c.Zero(test.off, test.n); !errors.Is(err, test.write) {
 			t.Errorf("zero of %d at %d: %v; want %v", test.n, test.off, err, test.write)

@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,7 +106,7 @@ func (k *tool) start() {
 		<-ended
 	}
 	for range 1000 {
-		if pid, err := os.ReadFile(k.pid); err == nil && bytes.HasSuffix(pid, []byte("\n")) {
+		if pid, err := os.ReadFile(k.pid); err == nil && bytes.HasSuffix(pid, []byte("\n")) && k.listens() {
 			return
 		}
 		select {
@@ -118,6 +119,18 @@ func (k *tool) start() {
 		}
 	}
 	k.t.Fatalf("%s is not ready after 10 s", strings.Join(k.args, " "))
+}
+
+// listens tells whether connections are taken. Only a tool that forks writes its process id before.
+func (k *tool) listens() bool {
+	if !k.forks {
+		return true
+	}
+	nc, err := net.Dial("unix", k.socket)
+	if err == nil {
+		_ = nc.Close()
+	}
+	return err == nil
 }
 
 // kill ends the tool as by a crash.

@@ -101,7 +101,9 @@ type Conn struct {
 	batch   net.Buffers
 	out     net.Buffers // what WriteTo has not sent of the batch
 	merge   bool        // the last buffer of the batch is the end of headers
-	sending atomic.Bool
+
+	sending sync.Mutex // held while something is sent
+	cut     bool       // the stream ends within a request; with sending
 	closed  atomic.Bool
 
 	// From the receiver to the sender.
@@ -299,7 +301,9 @@ func (c *Conn) Send() error {
 	if len(c.queued) == 0 {
 		return nil
 	}
-	if !c.sending.CompareAndSwap(false, true) {
+	c.sending.Lock()
+	defer c.sending.Unlock()
+	if c.closed.Load() {
 		return net.ErrClosed
 	}
 	// From here on a reply is possible.
@@ -311,10 +315,9 @@ func (c *Conn) Send() error {
 	c.out = c.batch
 	_, err := c.out.WriteTo(c.net)
 	c.batch, c.headers, c.merge = c.batch[:0], c.headers[:0], false
-	if err != nil {
-		return fmt.Errorf("send requests: %w", err) // sending stays set: the stream is cut in the middle
+	if c.cut = err != nil; c.cut {
+		return fmt.Errorf("send requests: %w", err)
 	}
-	c.sending.Store(false)
 	return nil
 }
 
@@ -414,15 +417,17 @@ func (c *Conn) Unanswered() []*Call {
 	return calls
 }
 
-// Close ends the connection, with a DISC if nothing is being sent. Send and Receive return with an error.
+// Close ends the connection, with a DISC if the server takes it at once. Send and Receive return with an error.
 func (c *Conn) Close() error {
 	if c.closed.Swap(true) {
 		return nil
 	}
-	if c.sending.CompareAndSwap(false, true) {
-		_ = c.net.SetWriteDeadline(time.Now().Add(discTimeout))
+	_ = c.net.SetWriteDeadline(time.Now().Add(discTimeout)) // also for a Send under way
+	c.sending.Lock()
+	if !c.cut {
 		_, _ = c.net.Write(c.disc()) // a courtesy
 	}
+	c.sending.Unlock()
 	return c.net.Close()
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"syscall"
 	"testing"
 )
 
@@ -79,7 +80,42 @@ func TestConnDepth(t *testing.T) {
 	}
 }
 
-// batches4K is a batch of 16 random reads or writes of 4 KiB.
+// A cookie is good for one use of its slot: an answer to an earlier use is refused.
+func TestConnOldCookie(t *testing.T) {
+	f := fake(t, func(_ int, p *fakePeer) {
+		if p.handshake() != nil {
+			return
+		}
+		first, err := p.request()
+		if err != nil {
+			return
+		}
+		p.answer(first, 0, nil)
+		if _, err := p.request(); err == nil {
+			p.answer(first, 0, nil)
+		}
+		_, _ = p.read(1)
+	})
+	u, _ := ParseURI(f.uri)
+	c, err := DialConn(t.Context(), u, ConnOptions{Depth: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	call := Call{Command: CmdFlush}
+	roundTrip(t, c, &call)
+	if err := errors.Join(c.Queue(&call), c.Send()); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.Receive(make([]*Call, 1)); n != 0 || !errors.Is(err, ErrProtocol) {
+		t.Errorf("%d answered, %v", n, err)
+	}
+	if calls := c.Unanswered(); len(calls) != 1 || calls[0] != &call || call.Err != syscall.EINPROGRESS {
+		t.Errorf("unanswered %v", calls)
+	}
+}
+
+// batch4K is a batch of 16 random reads or writes of 4 KiB.
 func batch4K(command Command) (*[16]Call, func()) {
 	var calls [16]Call
 	data := randomBytes(16*4096, 1)

@@ -165,18 +165,20 @@ func (c *conn) transmit() error {
 	return err
 }
 
-// lingerTimeout is how long a client gets to read its last replies where the server ends the connection.
-const lingerTimeout = time.Second
-
-// linger waits until the client of a server that stops has closed its side. Closed with requests unread, the
-// socket would be reset, and the last replies lost on their way.
+// linger waits until the client of a server that stops has the last replies. Closed with requests unread, a TCP
+// connection is reset, and what is still on its way is lost.
 func (c *conn) linger(err error) {
-	if c.dead.Load() || !errors.Is(err, errStopped) {
+	nc, ok := c.nc.(*net.TCPConn)
+	if !ok || c.dead.Load() || !errors.Is(err, errStopped) {
 		return
 	}
-	c.raw.Control(func(fd uintptr) { syscall.Shutdown(int(fd), syscall.SHUT_WR) })
-	c.nc.SetReadDeadline(time.Now().Add(lingerTimeout))
-	io.Copy(io.Discard, c.nc)
+	_ = nc.CloseWrite()
+	for end := time.Now().Add(lingerTimeout); time.Now().Before(end) && unacknowledged(c.fd) > 0; {
+		_ = nc.SetReadDeadline(time.Now().Add(lingerPoll))
+		if _, err := io.Copy(io.Discard, nc); err == nil {
+			return
+		}
+	}
 }
 
 // graceful reports whether requests in flight are answered after the reader ended with err: the client closed at
@@ -208,7 +210,7 @@ func (c *conn) kill(cause error) {
 	c.dead.Store(true)
 	c.stop()
 	// Both goroutines wake up; the descriptor itself is closed when they have ended.
-	c.raw.Control(func(fd uintptr) { syscall.Shutdown(int(fd), syscall.SHUT_RDWR) })
+	_ = c.raw.Control(func(fd uintptr) { _ = syscall.Shutdown(int(fd), syscall.SHUT_RDWR) })
 }
 
 // finish queues the reply to r and finds a sender for it: the reader when that is at work, else the writer.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // sessions are those of an export: for every session of our own clients the highest attach number seen, and its
@@ -27,7 +28,10 @@ type member struct {
 	number uint64
 }
 
-var errOvertaken = errors.New("a newer attachment of this session was seen")
+var (
+	errOvertaken = errors.New("a newer attachment of this session was seen")
+	errFenceLong = errors.New("requests of an older connection of this session do not end")
+)
 
 // join enters c into its session. It returns the connections that c replaces: all that have a lower attach number.
 // Connections with the same number belong together. A lower number than the highest seen is refused.
@@ -89,8 +93,9 @@ func (s *sessions) forget() {
 }
 
 // attach enters c into the session that its client named, and fences the connections that c replaces: when attach
-// returns nil, none of them submits anything any more, and everything that they submitted has ended.
-func (c *conn) attach(x *export, s session) error {
+// returns nil, none of them submits anything any more, and everything that they submitted has ended. It waits for
+// that until deadline.
+func (c *conn) attach(x *export, s session, deadline time.Time) error {
 	a, older, err := x.sessions.join(s.ID, s.Attach, c)
 	if err != nil {
 		return err
@@ -102,9 +107,13 @@ func (c *conn) attach(x *export, s session) error {
 	for _, o := range older {
 		o.kill(errFenced)
 	}
+	timeout := time.NewTimer(time.Until(deadline))
+	defer timeout.Stop()
 	for _, o := range older {
 		select {
 		case <-o.gone:
+		case <-timeout.C:
+			return errFenceLong
 		case <-c.stopped:
 			return errStopped
 		}

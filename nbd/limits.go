@@ -35,7 +35,7 @@ const (
 	// more than a stock socket buffer holds, so that one read takes everything.
 	receiveBufferBytes = 320 << 10
 	// headerArenaBytes holds the headers of the replies of one gathered write.
-	headerArenaBytes = 16 << 10
+	headerArenaBytes = 8 << 10
 	// maxIovecs is the most pieces of one writev or readv (UIO_MAXIOV).
 	maxIovecs = 1024
 	// gatherBytes is how much reply data a batch collects before it is sent on the way: about what a stock
@@ -55,6 +55,11 @@ const (
 
 	// maxIdleSessions is how many sessions without a connection an export remembers.
 	maxIdleSessions = 4096
+
+	// lingerTimeout is how long a client of a server that stops gets to receive its last replies, and lingerPoll
+	// how often it is looked whether it has.
+	lingerTimeout = time.Second
+	lingerPoll    = 5 * time.Millisecond
 
 	// logBurst and logPerSecond bound what clients can make the server log.
 	logBurst     = 50

@@ -26,6 +26,7 @@ type negotiation struct {
 	fixed    bool
 	noZeroes bool
 	mode     replyMode
+	deadline time.Time
 	options  int // that the client may still send
 	listed   bool
 
@@ -51,8 +52,8 @@ func refuse(reply optionReply, format string, args ...any) error {
 // negotiate runs the handshake phase (proto.md, "Handshake phase"). When it returns nil, c.export and c.terms are
 // what the client chose.
 func (c *conn) negotiate() error {
-	c.nc.SetDeadline(time.Now().Add(c.srv.options.HandshakeTimeout))
-	n := &negotiation{conn: c, options: maxOptions}
+	n := &negotiation{conn: c, options: maxOptions, deadline: time.Now().Add(c.srv.options.HandshakeTimeout)}
+	c.nc.SetDeadline(n.deadline)
 	if err := n.greet(); err != nil {
 		return fmt.Errorf("negotiate: %w", err)
 	}
@@ -372,7 +373,7 @@ func (n *negotiation) openSession(data []byte) error {
 		}
 		return refuse(reply, "session began in generation %d, the volume is in %d", s.Generation, g)
 	}
-	if err := n.attach(x, s); err != nil {
+	if err := n.attach(x, s, n.deadline); err != nil {
 		if errors.Is(err, errOvertaken) {
 			return refuse(repErrPolicy, "%v", err)
 		}

@@ -50,7 +50,10 @@ func (o *outbox) fill() {
 	}
 }
 
-// wrote takes note that the first n bytes of iovecs[sent:] have left.
+// wrote takes note that the first n bytes of iovecs[sent:] have left. An iovec may span several allocations, which
+// checkptr does not understand.
+//
+//go:nocheckptr
 func (o *outbox) wrote(n int) {
 	for n > 0 {
 		v := &o.iovecs[o.sent]
@@ -94,7 +97,7 @@ func (o *outbox) add(p []byte) {
 	base := unsafe.SliceData(p)
 	if k := len(o.iovecs); k > 0 {
 		last := &o.iovecs[k-1]
-		if unsafe.Add(unsafe.Pointer(last.Base), last.Len) == unsafe.Pointer(base) {
+		if uintptr(unsafe.Pointer(last.Base))+uintptr(last.Len) == uintptr(unsafe.Pointer(base)) {
 			last.SetLen(int(last.Len) + len(p))
 			return
 		}

@@ -135,5 +135,5 @@ func (r *Request) shrink() {
 	}
 }
 
-// maxKeptPieces is for how many pieces a Request keeps room: 256 KiB of 4 KiB blocks and two edges.
-const maxKeptPieces = 66
+// maxKeptPieces is for how many pieces a Request keeps room: more than 1 MiB of 4 KiB blocks.
+const maxKeptPieces = 512

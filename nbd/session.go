@@ -23,6 +23,11 @@ var (
 // their requests is applied after that. It answers repSession and ACK; ERR_UNKNOWN where there is no such export;
 // ERR_SHUTDOWN while the export does not serve; ERR_POLICY, which is final, where the session is older than a
 // rollback of the volume or the attach number is lower than one already seen.
+//
+// All numbers are big-endian. The option comes once per connection and before GO, which must name the same export,
+// else it is answered by ERR_INVALID. Connections of a session with the same attach number belong together and do not
+// fence one another. The server remembers the highest attach number of a session for as long as it has connections,
+// and for 4096 sessions without; waiting for requests of fenced connections ends with the handshake's time.
 type session struct {
 	ID         [16]byte
 	Attach     uint64 // grows with every replacement of the connections of the session

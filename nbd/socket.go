@@ -63,19 +63,26 @@ const (
 func pollClosed(fd int) bool {
 	p := pollFD{fd: int32(fd)}
 	var now syscall.Timespec
-	syscall.RawSyscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&now)), 0, 0, 0)
 	return p.revents&(pollErr|pollHup) != 0
+}
+
+// unacknowledged is how many bytes the other end of a TCP connection has not acknowledged.
+func unacknowledged(fd int) int {
+	var n int32
+	_, _, _ = syscall.Syscall(syscall.SYS_IOCTL, uintptr(fd), syscall.TIOCOUTQ, uintptr(unsafe.Pointer(&n)))
+	return int(n)
 }
 
 // tuneSocket sets what costs throughput otherwise. Errors are of no consequence.
 func tuneSocket(nc net.Conn) {
 	switch nc := nc.(type) {
 	case *net.TCPConn:
-		nc.SetNoDelay(true)
-		nc.SetKeepAlive(true)
+		_ = nc.SetNoDelay(true)
+		_ = nc.SetKeepAlive(true)
 	case *net.UnixConn:
-		nc.SetReadBuffer(socketBufferBytes)
-		nc.SetWriteBuffer(socketBufferBytes)
+		_ = nc.SetReadBuffer(socketBufferBytes)
+		_ = nc.SetWriteBuffer(socketBufferBytes)
 	}
 }
 

@@ -53,6 +53,10 @@ func (t *terms) decodeHeader(b []byte, h *header) bool {
 	h.contexts = t.contexts
 	if t.mode == repliesExtended {
 		h.length = binary.BigEndian.Uint64(b[24:])
+		if h.command == CmdWrite {
+			// It is required there; qemu's client up to 10.0 at least sends the payload without announcing it.
+			h.flags |= CmdFlagPayloadLen
+		}
 		return magic == magicExtendedRequest
 	}
 	h.length = uint64(binary.BigEndian.Uint32(b[24:]))
