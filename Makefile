@@ -84,13 +84,13 @@ unit:
 	$(GO) test $(UNIT)
 
 planted:
-	$(GO) test -tags planted -run Plant $(UNIT)
+	$(GO) test -tags planted -run 'Plant|Crash' $(UNIT)
 
 fuzz-short:
 	@grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' . | sed -E 's|^(.*)/[^/]*:func |\1 |' | sort -u | \
 	while read -r package target; do \
 		echo "$$package $$target"; \
-		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) "$$package" >out/fuzz.log 2>&1 </dev/null || \
+		$(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x "$$package" >out/fuzz.log 2>&1 </dev/null || \
 			{ cat out/fuzz.log; exit 1; }; \
 	done
 

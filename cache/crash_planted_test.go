@@ -66,12 +66,15 @@ func (k *crashes) check() string {
 	defer a.Close()
 	cfg := k.v.cfg
 	cfg.Wake = nil
+	home := &disk{data: bytes.Clone(k.v.disk.data)}
+	cfg.Home = home
 	c, err := cache.New(a, cfg)
 	if err != nil {
 		return err.Error()
 	}
 	defer c.Close()
-	cl := &client{v: &volume{Cache: c}, done: make(chan syscall.Errno, 1)}
+	again := &volume{Cache: c, t: k.t, disk: home, fate: k.r}
+	cl := &client{v: again, done: make(chan syscall.Errno, 1)}
 	cl.op.Owner = cl
 	lo := max(0, k.off-8192)
 	hi := min(testSize, k.off+k.n+8192)
@@ -81,6 +84,13 @@ func (k *crashes) check() string {
 	}
 	if !bytes.Equal(got, k.before[lo:hi]) && !bytes.Equal(got, k.after[lo:hi]) {
 		return fmt.Sprintf("after a crash in %d+%d the volume has neither the state before nor after (%s)", k.off, k.n, difference(got, k.before[lo:hi], k.after[lo:hi], lo))
+	}
+	if k.checked%3 == 0 {
+		// The restarted cache brings everything home; what was clean in it must be there already.
+		again.flush()
+		if got := home.data; !bytes.Equal(got, k.before) && !bytes.Equal(got, k.after) {
+			return fmt.Sprintf("after a crash in %d+%d and a flush home has neither state (%s)", k.off, k.n, difference(got, k.before, k.after, 0))
+		}
 	}
 	return ""
 }

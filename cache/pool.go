@@ -134,6 +134,9 @@ func (c *Cache) evict(p *pool) int {
 		sh := c.shardOf(block)
 		sh.mu.Lock()
 		ok := c.newest(sh, block) == s && c.clean(s) && c.state[s].Load()&(statePins|stateDead) == 0
+		if z := c.zeroes.covering(block); ok && z != 0 {
+			ok = c.arena.Headers[s].Number.Load() < z // else the older extent would hold in its place
+		}
 		if ok {
 			if small {
 				sh.remember(block)

@@ -11,6 +11,7 @@ func (c *Cache) Read(op *Op) {
 	if !c.tryRead(op) {
 		c.stats.waits.Add(1)
 		c.readQueue.push(op)
+		c.wake()
 	}
 }
 

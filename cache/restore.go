@@ -80,6 +80,11 @@ func (c *Cache) restoreSlot(s uint32, m meta, number uint64) {
 	}
 	c.insert(sh, m.block, s)
 	c.state[s].Store(stateMain)
+	if c.zeroes.covering(m.block) != 0 && !m.lost {
+		// The extent goes home again, and would take the block with it.
+		m.dirty = m.valid
+		c.redirty(s, m.dirty, false)
+	}
 	if m.lost {
 		c.stats.lost.Add(1)
 	} else if m.dirty != 0 {

@@ -23,8 +23,7 @@ type pass struct {
 	from   uint64 // blocks before it were taken in this pass
 	sorted []keyed
 	zeroes []extent // given out since the last Synced or Again
-	zeroed []extent // home and synced; they hold until the seal is committed, since versions that they supersede are still in it
-	asked  bool     // the extents of the seal were given out in this pass
+	zeroed bool     // the extents of the seal were given out in this pass
 	pinned []uint32 // by Bridge
 }
 
@@ -58,16 +57,16 @@ func (c *Cache) Seal() (seal uint64, dirtyBytes int64) {
 }
 
 func (c *Cache) restartPass() {
-	c.pass.from, c.pass.sorted, c.pass.asked = 0, c.pass.sorted[:0], false
+	c.pass.from, c.pass.sorted, c.pass.zeroed = 0, c.pass.sorted[:0], false
 }
 
 // Zeroes gives the extents of the seal that are not home yet, as ranges of bytes, oldest first. They go home before any block.
 func (c *Cache) Zeroes(give func(off, n int64)) {
 	p := &c.pass
-	if p.asked || len(p.zeroed) > 0 {
-		return // those that are home must not be zeroed again: newer blocks may be home in their place
+	if p.zeroed {
+		return
 	}
-	p.asked = true
+	p.zeroed = true
 	c.pub.Lock()
 	p.zeroes = c.zeroes.upTo(c.seal)
 	c.pub.Unlock()
@@ -206,8 +205,14 @@ func (c *Cache) Synced() {
 		c.pub.Unlock()
 		c.releaseAll(gone)
 	}
-	p.zeroed = append(p.zeroed, p.zeroes...)
+	for _, e := range p.zeroes {
+		c.reap(e)
+		c.pub.Lock()
+		c.zeroes.remove(e.number)
+		c.pub.Unlock()
+	}
 	p.zeroes = p.zeroes[:0]
+	c.sealedSlots.Store(int64(p.sealed.n))
 	c.fertile()
 	c.writeQueue.kick()
 	c.readQueue.kick()
@@ -230,7 +235,8 @@ func (c *Cache) turnClean(s uint32, gone []uint32) []uint32 {
 	return gone
 }
 
-// reap drops every version that an extent superseded, so that the extent may be forgotten.
+// reap drops every version that an extent superseded, also those that the pass has not come to, so that the extent may be
+// forgotten. It must be before a newer block in its range is evicted: until then the extent would hold for it.
 func (c *Cache) reap(e extent) {
 	if e.end-e.first <= uint64(len(c.arena.Headers)) {
 		for block := e.first; block < e.end; block++ {
@@ -254,6 +260,7 @@ func (c *Cache) reapBlock(block, number uint64) {
 	for s := c.newest(sh, block); s != noSlot; {
 		older := c.older(s, block)
 		if c.arena.Headers[s].Number.Load() < number {
+			c.pass.sealed.remove(s)
 			if freed := c.drop(sh, block, s); freed != noSlot {
 				c.release(freed)
 			}
@@ -284,13 +291,6 @@ func (c *Cache) unpinBridges() {
 
 // Committed says that the whole seal is home and synced. Those who waited for it are answered.
 func (c *Cache) Committed(seal uint64) {
-	for _, e := range c.pass.zeroed {
-		c.reap(e)
-		c.pub.Lock()
-		c.zeroes.remove(e.number)
-		c.pub.Unlock()
-	}
-	c.pass.zeroed = c.pass.zeroed[:0]
 	c.pub.Lock()
 	c.sealing, c.committed, c.sealedSince = false, seal, 0
 	if c.safe.Load() < seal {
@@ -328,7 +328,7 @@ func (c *Cache) Failed(error) {
 
 // Pressed tells whether the next seal should not wait: somebody waits for a commit, or memory is getting short.
 func (c *Cache) Pressed() bool {
-	return c.waiting.Load() || !c.writeQueue.empty() || c.open.count.Load() > c.openLimit/2 ||
+	return c.waiting.Load() || !c.writeQueue.empty() || !c.readQueue.empty() || c.open.count.Load() > c.openLimit/2 ||
 		c.zeroesUsed() > len(c.arena.Zeroes)/2
 }
 

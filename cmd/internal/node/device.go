@@ -127,9 +127,6 @@ var contexts = [...]struct {
 	{"x-ramshelf:resident", cache.Resident},
 }
 
-// surveyExtents is how many extents one context of one answer has at most.
-const surveyExtents = 4096
-
 // survey answers a BLOCK_STATUS.
 func (d *device) survey(r *nbd.Request) {
 	d.surveys <- struct{}{}
@@ -138,7 +135,7 @@ func (d *device) survey(r *nbd.Request) {
 		if r.Contexts&(1<<i) == 0 {
 			continue
 		}
-		s := surveyor{extents: r.Extents[i][:0], most: surveyExtents}
+		s := surveyor{extents: r.Extents[i][:0], most: nbd.MaxExtents}
 		if r.Flags&nbd.CmdFlagReqOne != 0 {
 			s.most = 1
 		}
