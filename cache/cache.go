@@ -82,8 +82,9 @@ type Cache struct {
 	readQueue    *queue
 	writeQueue   *queue
 
-	stop chan struct{}
-	wg   sync.WaitGroup
+	stop   chan struct{}
+	queues sync.WaitGroup // run what waits for slots
+	wg     sync.WaitGroup // fillers
 
 	stats stats
 }
@@ -130,7 +131,7 @@ func New(a *arena.Arena, cfg Config) (*Cache, error) {
 		return nil, fmt.Errorf("allocate the index: %w", err)
 	}
 	if limit := cfg.MaxDirtyBytes / BlockBytes; limit > 0 {
-		c.openLimit = min(c.openLimit, limit)
+		c.openLimit = min(c.openLimit, max(2, limit))
 	}
 	c.credit.Store(c.openLimit/8 + 1)
 	c.zeroes = newZeroSet(a.Zeroes)
@@ -139,22 +140,9 @@ func New(a *arena.Arena, cfg Config) (*Cache, error) {
 	if !cfg.Commits {
 		c.safe.Store(^uint64(0))
 	}
-	c.wg.Go(func() { c.readQueue.run(c.stop, c.tryRead) })
-	c.wg.Go(func() { c.writeQueue.run(c.stop, c.tryWrite) })
+	c.queues.Go(func() { c.readQueue.run(c.stop, c.tryRead) })
+	c.queues.Go(func() { c.writeQueue.run(c.stop, c.tryWrite) })
 	return c, nil
-}
-
-// SetCommits changes whether writes are answered only once they are committed. What was answered or could be read before
-// stays so.
-func (c *Cache) SetCommits(on bool) {
-	c.pub.Lock()
-	defer c.pub.Unlock()
-	c.commits.Store(on)
-	if on {
-		c.safe.Store(c.arena.Published())
-		return
-	}
-	c.safe.Store(^uint64(0))
 }
 
 // opened notes when the open epoch got its first write. Callers hold pub.

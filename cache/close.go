@@ -1,6 +1,6 @@
 package cache
 
-// Cut ends every operation that waits: none of them is answered. Later ones that would wait are cut too.
+// Cut ends every operation that waits for a commit: none of them is answered. Later ones that would wait are cut too.
 func (c *Cache) Cut() {
 	c.pub.Lock()
 	c.closed = true
@@ -16,6 +16,7 @@ func (c *Cache) Cut() {
 func (c *Cache) Close() {
 	c.Cut()
 	close(c.stop)
+	c.queues.Wait()
 	c.fills.close()
 	c.wg.Wait()
 	for _, q := range [2]*queue{c.readQueue, c.writeQueue} {

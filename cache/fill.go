@@ -21,7 +21,7 @@ const (
 type fill struct {
 	first  uint64
 	n      int
-	began  uint64 // newest number when the fill was made
+	began  uint64 // newest number before the first block was looked up
 	blocks [fillBlocks]fillBlock
 	next   *fill
 }
@@ -41,9 +41,11 @@ type waiter struct {
 
 var fillPool = sync.Pool{New: func() any { return new(fill) }}
 
-func (c *Cache) newFill(first uint64) *fill {
+// newFill makes a fill; began was the newest number before its first block was looked up, so that an extent that the look-up
+// missed has that number or a higher one.
+func newFill(first, began uint64) *fill {
 	f := fillPool.Get().(*fill)
-	f.first, f.n, f.next, f.began = first, 0, nil, c.arena.Published()
+	f.first, f.n, f.next, f.began = first, 0, nil, began
 	return f
 }
 
@@ -144,6 +146,7 @@ func (c *Cache) fillBlock(op *Op, i int, block uint64, run *fill) *fill {
 		c.startFill(run)
 		run = nil
 	}
+	began := c.arena.Published()
 	sh := c.shardOf(block)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
@@ -158,7 +161,7 @@ func (c *Cache) fillBlock(op *Op, i int, block uint64, run *fill) *fill {
 		return run
 	}
 	if run == nil {
-		run = c.newFill(block)
+		run = newFill(block, began)
 	}
 	last := len(op.spare) - 1
 	fb := run.enter(sh, op.spare[last])
@@ -222,7 +225,7 @@ func (c *Cache) finishFill(f *fill, i int, data []byte, err error) {
 		sh.mu.Lock()
 		locked = true
 	}
-	stale := (fb.stale || c.zeroes.removed.Load() > f.began) && !planted("stale-fill")
+	stale := (fb.stale || c.zeroes.removed.Load() >= f.began || c.dropDamaged(sh, block)) && !planted("stale-fill")
 	if !fb.stale {
 		delete(sh.fills, block)
 	}
@@ -230,16 +233,16 @@ func (c *Cache) finishFill(f *fill, i int, data []byte, err error) {
 	var retry *fill
 	ended := fb.waiters
 	switch {
-	case err != nil:
-		for _, w := range fb.waiters {
-			w.op.failed.Store(uint32(syscall.EIO))
-		}
-		c.release(slot)
 	case stale:
 		ended, retry = c.lookAgain(sh, block, fb)
 		if retry == nil {
 			c.release(slot)
 		}
+	case err != nil:
+		for _, w := range fb.waiters {
+			w.op.failed.Store(uint32(syscall.EIO))
+		}
+		c.release(slot)
 	default:
 		r, ok := c.adopt(sh, block, slot, data, locked)
 		for _, w := range fb.waiters {
@@ -283,6 +286,7 @@ func (c *Cache) filled(op *Op) {
 // lookAgain resolves the waiters of a fill that came too late. Those for whom there is still too little wait for another
 // read, which takes over the slot. Callers hold sh.mu.
 func (c *Cache) lookAgain(sh *shard, block uint64, fb *fillBlock) (ended []waiter, retry *fill) {
+	began := c.arena.Published()
 	var rest []waiter
 	for _, w := range fb.waiters {
 		if r, ok := c.lookup(sh, block, w.op.need(w.index)); ok {
@@ -300,7 +304,7 @@ func (c *Cache) lookAgain(sh *shard, block uint64, fb *fillBlock) (ended []waite
 		other.waiters = append(other.waiters, rest...)
 		return ended, nil
 	}
-	retry = c.newFill(block)
+	retry = newFill(block, began)
 	again := retry.enter(sh, fb.slot)
 	again.waiters = append(again.waiters, rest...)
 	return ended, retry
@@ -323,18 +327,14 @@ func (c *Cache) adopt(sh *shard, block uint64, slot uint32, data []byte, pub boo
 	dst := c.arena.Data(slot)
 	copy(dst, data)
 	if s != noSlot {
-		if !c.intact(s, number) {
-			c.stats.corrupt.Add(1)
-			if m.dirty != 0 {
-				if !c.meta(s).lost {
-					c.lose(s)
-				}
-				return ref{refPending, 0}, false
+		if !c.intact(s, number) { // and dirty, else it was dropped before
+			if !c.meta(s).lost {
+				c.stats.corrupt.Add(1)
+				c.lose(s)
 			}
-			number = numberFilled
-		} else {
-			copySectors(dst, c.arena.Data(s), c.meta(s).valid)
+			return ref{refPending, 0}, false
 		}
+		copySectors(dst, c.arena.Data(s), c.meta(s).valid)
 	}
 	c.describe(slot, m, number, sum(dst, allValid))
 	if pub && m.dirty != 0 && c.isSealed(number) {
@@ -359,6 +359,21 @@ func (c *Cache) adopt(sh *shard, block uint64, slot uint32, data []byte, pub boo
 	c.insert(sh, block, slot)
 	c.fertile()
 	return ref{slot, number}, true
+}
+
+// dropDamaged drops a clean version of block whose checksum fails. What was read from home meanwhile may be older than the version's
+// way home, so it has to be read again. Callers hold sh.mu.
+func (c *Cache) dropDamaged(sh *shard, block uint64) bool {
+	s := c.newest(sh, block)
+	if s == noSlot || !c.clean(s) || c.intact(s, c.arena.Headers[s].Number.Load()) {
+		return false
+	}
+	c.stats.corrupt.Add(1)
+	c.log.Error("block failed its checksum", "block", block)
+	if freed := c.drop(sh, block, s); freed != noSlot {
+		c.release(freed)
+	}
+	return true
 }
 
 func copySectors(dst, src []byte, valid uint8) {

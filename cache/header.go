@@ -33,7 +33,15 @@ type meta struct {
 	lost  bool
 }
 
-func (m meta) blockWord() uint64 { return m.block | uint64(m.valid)<<blockBits }
+// blockWord holds block and valid sectors, and above them a checksum of their own: the rest of the header says what a slot
+// holds, this word says for which block, and a slot under the wrong block would make the right one disappear.
+func (m meta) blockWord() uint64 {
+	w := m.block | uint64(m.valid)<<blockBits
+	return w | hash(w)>>48<<48
+}
+
+// wellFormed tells whether a block word is as it was written.
+func wellFormed(word uint64) bool { return metaOf(word, 0).blockWord() == word }
 
 // mix folds the header into the checksum, so that a header that changed by itself is found like data that did.
 func (m meta) mix(number uint64) uint32 {

@@ -59,19 +59,28 @@ func (c *Cache) insert(sh *shard, block uint64, s uint32) {
 	*head = s + 1
 }
 
-// unlink takes s out of the index. Callers hold sh.mu.
-func (c *Cache) unlink(sh *shard, block uint64, s uint32) {
-	link := sh.bucket(block)
-	for *link != s+1 {
-		link = &c.next[*link-1]
+// unlink takes s out of the index. It reports false where s is not in the chain of block: its header was damaged.
+// Callers hold sh.mu.
+func (c *Cache) unlink(sh *shard, block uint64, s uint32) bool {
+	for link := sh.bucket(block); *link != 0; link = &c.next[*link-1] {
+		if *link == s+1 {
+			*link = c.next[s]
+			return true
+		}
 	}
-	*link = c.next[s]
+	c.stats.corrupt.Add(1)
+	c.log.Error("slot is not where its header says", "slot", s, "block", block)
+	return false
 }
 
-// drop takes a version out of index and memory: it is used again once nobody pins it. Callers hold sh.mu and pass what
-// drop returns to c.release after they have unlocked; noSlot if somebody still pins it.
+// drop takes a version out of index and memory: it is used again once nobody pins it. A read of the block from home that is
+// under way may bring what is older than the version: it comes too late. Callers hold sh.mu and pass what drop returns to
+// c.release after they have unlocked; noSlot if somebody still pins it.
 func (c *Cache) drop(sh *shard, block uint64, s uint32) uint32 {
-	c.unlink(sh, block, s)
+	sh.supersede(block)
+	if !c.unlink(sh, block, s) {
+		return noSlot
+	}
 	if c.meta(s).lost {
 		c.stats.lost.Add(^uint64(0))
 	}
@@ -131,6 +140,13 @@ func (c *Cache) pin(s uint32) {
 		return
 	}
 	c.state[s].Add(1 + oneUse)
+}
+
+// unpinQuietly is unpin without a look at who waits for slots: what it lets go of was not there for them before either.
+func (c *Cache) unpinQuietly(s uint32) {
+	if c.state[s].Add(^uint32(0))&(statePins|stateDead) == stateDead {
+		c.release(s)
+	}
 }
 
 // unpin ends a pin and frees the slot if it was superseded meanwhile.

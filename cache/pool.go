@@ -108,8 +108,9 @@ func (p *pool) victims(c *Cache, dst []uint32) []uint32 {
 	}
 	for len(dst) == 0 && p.count > 0 {
 		s := p.dequeue()
+		state := c.state[s].Load()
 		c.promote(s)
-		if c.clean(s) {
+		if state&(statePins|stateDead) == 0 && c.clean(s) {
 			dst = append(dst, s)
 		}
 	}
@@ -134,9 +135,6 @@ func (c *Cache) evict(p *pool) int {
 		sh := c.shardOf(block)
 		sh.mu.Lock()
 		ok := c.newest(sh, block) == s && c.clean(s) && c.state[s].Load()&(statePins|stateDead) == 0
-		if z := c.zeroes.covering(block); ok && z != 0 {
-			ok = c.arena.Headers[s].Number.Load() < z // else the older extent would hold in its place
-		}
 		if ok {
 			if small {
 				sh.remember(block)
@@ -214,6 +212,8 @@ func (c *Cache) evictAny() bool {
 	for range c.pools {
 		if c.evict(&c.pools[c.turn.Add(1)%uint32(len(c.pools))]) > 0 {
 			c.barren.Store(false)
+			c.readQueue.kick() // who came in between saw nothing to evict
+			c.writeQueue.kick()
 			return true
 		}
 	}

@@ -103,7 +103,9 @@ func (c *Cache) basesHold(op *Op) bool {
 		case refHole:
 			holds = z == e.base.number && number < z
 		default:
-			holds = s == e.base.slot && number == e.base.number && z < number
+			// Another slot with the same number is the same version with other sectors besides, unless the number
+			// is the one that all blocks from home have.
+			holds = s != noSlot && (s == e.base.slot || number > numberFilled) && number == e.base.number && z < number
 		}
 		if !holds {
 			return false
@@ -147,10 +149,10 @@ func (c *Cache) show(block uint64, s uint32, dropped []uint32) []uint32 {
 	}
 	c.state[s].Or(standing)
 	m := c.meta(old)
-	if m.dirty != 0 && !m.lost && c.isSealed(c.arena.Headers[old].Number.Load()) {
+	if m.dirty != 0 && c.isSealed(c.arena.Headers[old].Number.Load()) {
 		return dropped
 	}
-	if m.dirty != 0 && !m.lost {
+	if m.dirty != 0 {
 		c.open.remove(old)
 	}
 	return append(dropped, c.drop(sh, block, old))

@@ -27,7 +27,12 @@ func (c *Cache) tryRead(op *Op) bool {
 	spare, ok := c.reserve(op.spare[:0], misses)
 	op.spare = spare
 	if !ok {
-		c.Release(op)
+		for _, r := range op.refs {
+			if r.slot < refPending {
+				c.unpinQuietly(r.slot)
+			}
+		}
+		op.refs = op.refs[:0]
 		return false
 	}
 	c.stats.misses.Add(1)

@@ -68,9 +68,10 @@ func (c *Cache) Prefetch(first, end uint64) int {
 
 // prefetchOne enters block into the fill that is being put together, unless it is resident or under way; that ends the fill.
 func (c *Cache) prefetchOne(block uint64, run *fill, started *int) (*fill, bool) {
+	began := c.arena.Published()
 	sh := c.shardOf(block)
 	sh.mu.Lock()
-	wanted := c.newest(sh, block) == noSlot && c.zeroes.covering(block) == 0 && sh.fills[block] == nil
+	wanted := c.absent(sh, block)
 	sh.mu.Unlock()
 	if !wanted {
 		c.startFill(run)
@@ -83,17 +84,22 @@ func (c *Cache) prefetchOne(block uint64, run *fill, started *int) (*fill, bool)
 	}
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	if c.newest(sh, block) != noSlot || sh.fills[block] != nil {
+	if !c.absent(sh, block) {
 		c.release(got[0])
 		c.startFill(run)
 		return nil, true
 	}
 	if run == nil {
-		run = c.newFill(block)
+		run = newFill(block, began)
 	}
 	run.enter(sh, got[0])
 	*started++
 	return run, true
+}
+
+// absent tells whether nothing is known of block, and nobody reads it. Callers hold sh.mu.
+func (c *Cache) absent(sh *shard, block uint64) bool {
+	return c.newest(sh, block) == noSlot && c.zeroes.covering(block) == 0 && sh.fills[block] == nil
 }
 
 // fillStep is how many blocks FillAll has under way at once.

@@ -58,12 +58,28 @@ func (c *Cache) restoreSlots(published uint64) {
 			continue
 		}
 		m := c.meta(s)
+		if !wellFormed(h.Block.Load()) {
+			c.restoreDamaged(s, m)
+			continue
+		}
 		if number > published || m.block >= blocks || c.zeroes.covering(m.block) > number {
 			h.Number.Store(0)
 			continue
 		}
 		c.restoreSlot(s, m, number)
 	}
+}
+
+// restoreDamaged deals with a slot of which nobody knows any more which block it holds. A clean one is freed; a dirty one stays as it
+// is, out of the index, and counts as a lost block.
+func (c *Cache) restoreDamaged(s uint32, m meta) {
+	c.stats.corrupt.Add(1)
+	if m.dirty == 0 && !m.lost {
+		c.arena.Headers[s].Number.Store(0)
+		return
+	}
+	c.log.Error("slot with a damaged header holds a write that is lost", "slot", s, "number", c.arena.Headers[s].Number.Load())
+	c.stats.lost.Add(1)
 }
 
 // restoreSlot enters a slot unless a better version of its block is there: a newer one, or the same one with more sectors.
@@ -80,11 +96,6 @@ func (c *Cache) restoreSlot(s uint32, m meta, number uint64) {
 	}
 	c.insert(sh, m.block, s)
 	c.state[s].Store(stateMain)
-	if c.zeroes.covering(m.block) != 0 && !m.lost {
-		// The extent goes home again, and would take the block with it.
-		m.dirty = m.valid
-		c.redirty(s, m.dirty, false)
-	}
 	if m.lost {
 		c.stats.lost.Add(1)
 	} else if m.dirty != 0 {

@@ -22,6 +22,10 @@ func (c *Cache) scrubSlot(s uint32) {
 		c.state[s].Add(1)
 	}
 	sh.mu.Unlock()
+	if number != 0 && !wellFormed(h.Block.Load()) {
+		c.stats.corrupt.Add(1)
+		c.log.Error("slot has a damaged header", "slot", s, "number", number)
+	}
 	if !ok {
 		return
 	}

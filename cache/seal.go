@@ -25,6 +25,7 @@ type pass struct {
 	zeroes []extent // given out since the last Synced or Again
 	zeroed bool     // the extents of the seal were given out in this pass
 	pinned []uint32 // by Bridge
+	lost   []uint32 // slots of the seal that were lost and still hold; those that do not at its end are dropped then
 }
 
 type keyed struct {
@@ -191,6 +192,14 @@ const pubStep = 128
 func (c *Cache) Synced() {
 	p := &c.pass
 	c.unpinBridges()
+	// Extents go first: while a newer block in the range of one is dirty, nothing depends on which of the two is found.
+	for _, e := range p.zeroes {
+		c.reap(e)
+		c.pub.Lock()
+		c.zeroes.remove(e.number)
+		c.pub.Unlock()
+	}
+	p.zeroes = p.zeroes[:0]
 	var dropped [pubStep]uint32
 	for p.taken.n > 0 {
 		gone := dropped[:0]
@@ -205,13 +214,6 @@ func (c *Cache) Synced() {
 		c.pub.Unlock()
 		c.releaseAll(gone)
 	}
-	for _, e := range p.zeroes {
-		c.reap(e)
-		c.pub.Lock()
-		c.zeroes.remove(e.number)
-		c.pub.Unlock()
-	}
-	p.zeroes = p.zeroes[:0]
 	c.sealedSlots.Store(int64(p.sealed.n))
 	c.fertile()
 	c.writeQueue.kick()
@@ -225,7 +227,8 @@ func (c *Cache) turnClean(s uint32, gone []uint32) []uint32 {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	newest := c.newest(sh, m.block) == s
-	if m.lost && newest {
+	if m.lost && (newest || !wellFormed(c.arena.Headers[s].Block.Load())) {
+		c.pass.lost = append(c.pass.lost, s)
 		return gone
 	}
 	c.redirty(s, 0, m.lost)
@@ -235,8 +238,7 @@ func (c *Cache) turnClean(s uint32, gone []uint32) []uint32 {
 	return gone
 }
 
-// reap drops every version that an extent superseded, also those that the pass has not come to, so that the extent may be
-// forgotten. It must be before a newer block in its range is evicted: until then the extent would hold for it.
+// reap drops every version that an extent superseded, wherever the pass has it, so that the extent may be forgotten.
 func (c *Cache) reap(e extent) {
 	if e.end-e.first <= uint64(len(c.arena.Headers)) {
 		for block := e.first; block < e.end; block++ {
@@ -261,6 +263,7 @@ func (c *Cache) reapBlock(block, number uint64) {
 		older := c.older(s, block)
 		if c.arena.Headers[s].Number.Load() < number {
 			c.pass.sealed.remove(s)
+			c.pass.taken.remove(s)
 			if freed := c.drop(sh, block, s); freed != noSlot {
 				c.release(freed)
 			}
@@ -298,9 +301,27 @@ func (c *Cache) Committed(seal uint64) {
 	}
 	done := c.waitSealed
 	c.waitSealed = opList{}
+	rewritten := c.dropLost()
 	c.pub.Unlock()
+	c.releaseAll(rewritten)
+	c.readQueue.kick()
 	c.writeQueue.kick()
 	done.each(func(op *Op) { op.end(0) })
+}
+
+// dropLost drops the lost versions of the seal that were rewritten while it was committed. Callers hold pub.
+func (c *Cache) dropLost() (gone []uint32) {
+	for _, s := range c.pass.lost {
+		block := c.meta(s).block
+		sh := c.shardOf(block)
+		sh.mu.Lock()
+		if c.newest(sh, block) != s {
+			gone = append(gone, c.drop(sh, block, s))
+		}
+		sh.mu.Unlock()
+	}
+	c.pass.lost = c.pass.lost[:0]
+	return gone
 }
 
 // Failed says that the backing refuses the commit. Writes and flushes that wait for one are told; what they wrote stays

@@ -41,10 +41,10 @@ func (c *Cache) Map(ctx Context, off, n int64, give func(n int64, flags uint32) 
 			start, flags, absent = block, f, 0
 		}
 		block++
-		if absent++; absent > mapPatience && jumps < mapJumps {
+		if absent++; absent > mapPatience && jumps < mapJumps && block < end && c.flagsOf(ctx, block) == flags {
 			absent = 0
 			jumps++
-			block = max(block, c.sameUntil(ctx, block, end))
+			block = max(block, c.sameUntil(block, end))
 		}
 	}
 	if block > start {
@@ -73,9 +73,9 @@ func (c *Cache) flagsOf(ctx Context, block uint64) uint32 {
 	return 1
 }
 
-// sameUntil is a block up to which nothing is resident and the extents do not change from block on, at most end; block itself
-// where that cannot be said cheaply.
-func (c *Cache) sameUntil(ctx Context, block, end uint64) uint64 {
+// sameUntil is the first block from block on that is resident or where the extents change, at most end: all blocks before it
+// have the flags of block.
+func (c *Cache) sameUntil(block, end uint64) uint64 {
 	end = c.zeroes.end(block, end)
 	for i := range c.arena.Headers {
 		h := &c.arena.Headers[i]

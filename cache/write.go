@@ -8,7 +8,7 @@ import (
 // Abort follows. Where it reports false, Write takes the payload from op.Payload when there is room.
 func (c *Cache) Reserve(op *Op) bool {
 	op.reset(kindWrite)
-	return c.writeQueue.empty() && c.tryReserve(op)
+	return op.Len > 0 && c.writeQueue.empty() && c.tryReserve(op)
 }
 
 // tryReserve takes the slots of a write or zero, within the third of the memory that an open epoch may have, and those for
@@ -257,7 +257,7 @@ func (c *Cache) fillEdges(op *Op, missing int) mergeResult {
 	if len(op.spare) < missing {
 		var ok bool
 		if op.spare, ok = c.reserve(op.spare, missing-len(op.spare)); !ok {
-			c.unpinEdges(op)
+			c.letGoOfEdges(op, c.unpinQuietly)
 			c.writeQueue.push(op)
 			return mergeWaits
 		}
@@ -275,11 +275,13 @@ func (c *Cache) fillEdges(op *Op, missing int) mergeResult {
 }
 
 // unpinEdges lets go of the versions that the edges were merged with.
-func (c *Cache) unpinEdges(op *Op) {
+func (c *Cache) unpinEdges(op *Op) { c.letGoOfEdges(op, c.unpin) }
+
+func (c *Cache) letGoOfEdges(op *Op, unpin func(uint32)) {
 	for k := range op.nedges {
 		e := &op.edges[k]
 		if e.pinned && e.base.slot < refPending {
-			c.unpin(e.base.slot)
+			unpin(e.base.slot)
 		}
 		e.pinned = false
 	}

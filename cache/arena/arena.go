@@ -50,7 +50,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Header describes one slot. The word Number is stored last to publish the slot and is zero while the slot is free.
 type Header struct {
-	Block  atomic.Uint64 // bits 0-39: block number; bits 40-47: valid sectors
+	Block  atomic.Uint64 // bits 0-39: block number; bits 40-47: valid sectors; bits 48-63: checksum of the others
 	Number atomic.Uint64 // sequence number; 0: free
 	Check  atomic.Uint64 // bits 0-31: checksum; bits 32-39: sectors not yet home and synced; bit 40: lost
 }
@@ -82,10 +82,9 @@ type head struct {
 	_       [8]byte
 
 	// What follows changes while the file is in use; each word is whole by itself.
-	stamp      atomic.Uint64 // incarnation of the backing that this memory belongs to
-	nextStamp  atomic.Uint64 // incarnation that is being stamped into the backing
-	generation atomic.Uint64
-	published  atomic.Uint64 // every number up to this one was issued whole
+	stamp     atomic.Uint64 // incarnation of the backing that this memory belongs to
+	nextStamp atomic.Uint64 // incarnation that is being stamped into the backing
+	published atomic.Uint64 // every number up to this one was issued whole
 }
 
 // Arena is a mapped memory file. Its words may be used by several goroutines; Close must come last.
@@ -290,23 +289,11 @@ func (a *Arena) Data(s uint32) []byte {
 	return a.data[at : at+SlotBytes : at+SlotBytes]
 }
 
-// Span is the content of the n slots that follow slot s in memory.
-func (a *Arena) Span(s uint32, n int) []byte {
-	at := int64(s) * SlotBytes
-	return a.data[at : at+int64(n)*SlotBytes : at+int64(n)*SlotBytes]
-}
-
 // Published is the highest number that was issued whole.
 func (a *Arena) Published() uint64 { return a.head.published.Load() }
 
 // SetPublished says that number and all before it were issued whole.
 func (a *Arena) SetPublished(number uint64) { a.head.published.Store(number) }
-
-// Generation is the generation of the newest write.
-func (a *Arena) Generation() uint64 { return a.head.generation.Load() }
-
-// SetGeneration records the generation.
-func (a *Arena) SetGeneration(generation uint64) { a.head.generation.Store(generation) }
 
 // BelongsTo tells whether the memory goes with a backing of the incarnation stamp: it was used with it last, or was
 // about to be when the process ended between the two stamps.
