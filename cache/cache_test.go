@@ -360,6 +360,9 @@ func compare(t *testing.T, step int, off int64, got, want []byte) {
 // seeds is how many random histories a test runs; CACHE_SEEDS asks for more.
 func seeds() int {
 	n := 6
+	if testing.Short() {
+		n = 2
+	}
 	fmt.Sscan(os.Getenv("CACHE_SEEDS"), &n)
 	return n
 }

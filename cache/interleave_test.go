@@ -215,7 +215,7 @@ func TestDamagedHeader(t *testing.T) {
 // TestStress lets clients that own sectors of shared blocks, and ranges of their own, read back what they wrote, beside a flusher
 // that syncs and fails anywhere, with evictions and restarts.
 func TestStress(t *testing.T) {
-	for seed := range uint64(4) {
+	for seed := range uint64(seeds()) / 2 {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) { stress(t, seed) })
 	}
 }

@@ -63,3 +63,6 @@ func (c *Cache) clearOld(op *Op) {
 		crashPoint()
 	}
 }
+
+// Idle tells whether no read from home is under way.
+func (c *Cache) Idle() bool { return c.fills.busy.Load() == 0 }

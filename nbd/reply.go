@@ -262,7 +262,8 @@ func (o *outbox) addPiece(p *piece) {
 	}
 }
 
-// encodeStatus adds the answer to BLOCK_STATUS: one chunk for every context that was asked for.
+// encodeStatus adds the answer to BLOCK_STATUS: one chunk for every context that was asked for. The protocol has no
+// answer without an extent: a device that tells none for one of them has failed.
 func (o *outbox) encodeStatus(r *Request) {
 	b := r.status[:0]
 	for i := range maxContexts {
@@ -270,6 +271,11 @@ func (o *outbox) encodeStatus(r *Request) {
 			continue
 		}
 		extents := r.clipExtents(r.Extents[i], o.mode)
+		if len(extents) == 0 {
+			r.err = syscall.EIO
+			o.encodeError(r)
+			return
+		}
 		var flags uint16
 		if r.Contexts>>(i+1) == 0 {
 			flags = chunkFlagDone
@@ -324,9 +330,6 @@ func (r *Request) clipExtents(from []Extent, mode replyMode) []Extent {
 		if short || r.Flags&CmdFlagReqOne != 0 || covered >= r.Length || len(to) == MaxExtents {
 			break
 		}
-	}
-	if len(to) == 0 {
-		panic(fmt.Sprintf("nbd: device answered a block status of %d bytes at %d without an extent", r.Length, r.Offset))
 	}
 	return to
 }

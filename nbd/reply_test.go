@@ -167,6 +167,31 @@ func (d *extentDevice) Submit(r *nbd.Request) {
 
 func (d *extentDevice) Release(*nbd.Request) {}
 
+// TestStatusWithoutExtent: a device that tells nothing of a context fails the request, not the server.
+func TestStatusWithoutExtent(t *testing.T) {
+	d := &extentDevice{Memory: nbdtest.NewMemory(0)}
+	s := serveExports(t, nbd.Options{}, &nbd.Export{Name: "vol", Device: d, Contexts: nbdtest.Contexts[:2]})
+	compact := s.dial().enter(1, "vol", nbdtest.Contexts[:2]...)
+	extended := s.dial().enter(2, "vol", nbdtest.Contexts[:2]...)
+	for _, from := range [][]nbd.Extent{{}, {{0, 3}}} { // of the second context, whose place the device leaves empty
+		d.extents.Store(&from)
+		for _, p := range []*peer{compact, extended} {
+			for range 2 { // the connection goes on
+				p.send(p.request(cmdStatus, 0, 0, 512))
+				if c := p.chunk(); c.flags != chunkDone || c.kind != chunkErr || binary.BigEndian.Uint32(c.payload) != 5 {
+					t.Errorf("answered by %+v, want EIO", c)
+				}
+			}
+		}
+	}
+	one := []nbd.Extent{{512, 1}}
+	d.extents.Store(&one)
+	compact.send(compact.request(cmdStatus, 0, 0, 512))
+	if c := compact.chunk(); c.kind != chunkErr {
+		t.Errorf("one context of two answered by %+v, want EIO alone", c)
+	}
+}
+
 // TestDeviceErrors: what a device says becomes an error of the protocol, and the connection goes on.
 func TestDeviceErrors(t *testing.T) {
 	tests := []struct {

@@ -48,7 +48,8 @@ type Request struct {
 	// Contexts tells which of the export's contexts a BLOCK_STATUS asks for: bit i for Export.Contexts[i].
 	Contexts uint32
 	// Extents is the answer to BLOCK_STATUS: for every bit of Contexts at least one extent, of which the
-	// first MaxExtents count. The last may overrun the request, and all may end before it.
+	// first MaxExtents count. The last may overrun the request, and all may end before it. Without one the
+	// request fails with EIO.
 	Extents [maxContexts][]Extent
 
 	// Device is the device's own part. It stays with the Request when that is used again.

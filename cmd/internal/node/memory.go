@@ -21,37 +21,53 @@ type memoryFile struct {
 	stamp uint64 // incarnation of the backing
 	force bool
 	log   *slog.Logger
+
+	// What open made of the file.
+
+	kept  bool   // what an earlier process left in it is there again
+	lost  bool   // that held writes that the backing has not, and is given up
+	aside string // where that is now; empty if nothing was set aside
 }
 
-// open reports besides whether the memory was kept.
-func (m *memoryFile) open() (a *arena.Arena, kept bool, err error) {
+// open opens the file, or an empty one in its place.
+func (m *memoryFile) open() (*arena.Arena, error) {
 	if err := os.MkdirAll(filepath.Dir(m.path), 0o700); err != nil {
-		return nil, false, fmt.Errorf("make folder of memory files: %w", err)
+		return nil, fmt.Errorf("make folder of memory files: %w", err)
 	}
 	a, warm, err := arena.Open(m.path, m.id)
 	var mismatch *arena.MismatchError
 	switch {
 	case errors.Is(err, arena.ErrBusy):
-		return nil, false, control.Refused(err, "another daemon serves this volume: stop it")
+		return nil, control.Refused(err, "another daemon serves this volume: stop it")
 	case errors.Is(err, arena.ErrForeign):
-		a, err = m.setAside(err)
-		return a, false, err
+		return m.setAside(err)
 	case errors.As(err, &mismatch):
-		a, err = m.replace(mismatch)
-		return a, false, err
+		return m.replace(mismatch)
 	case err != nil:
-		return nil, false, err
+		return nil, err
 	case warm && !a.BelongsTo(m.stamp):
 		if err := a.Close(); err != nil {
-			return nil, false, err
+			return nil, err
 		}
-		a, err = m.replace(errors.New("the backing was opened by something else since the memory file was written"))
-		return a, false, err
-	}
-	if warm {
+		return m.replace(errors.New("the backing was opened by something else since the memory file was written"))
+	case warm:
+		m.kept = true
 		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a))
 	}
-	return a, warm, nil
+	return a, nil
+}
+
+// undo closes the memory of an opening that failed before the backing had its stamp. The file is again as it was found,
+// save that one that held nothing of worth is not made again.
+func (m *memoryFile) undo(a *arena.Arena) error {
+	if m.kept {
+		return a.Close()
+	}
+	err := a.Remove()
+	if m.aside != "" {
+		err = errors.Join(err, os.Rename(m.aside, m.path))
+	}
+	return err
 }
 
 // replace puts an empty memory file in the place of one that does not belong to the backing.
@@ -70,6 +86,7 @@ func (m *memoryFile) replace(why error) (*arena.Arena, error) {
 		if err := old.Close(); err != nil {
 			return nil, err
 		}
+		m.lost = true
 		return m.setAside(why)
 	}
 	m.log.Warn("memory file dropped; it held nothing that is not on the backing", "path", m.path, "why", why.Error())
@@ -91,5 +108,6 @@ func (m *memoryFile) setAside(why error) (*arena.Arena, error) {
 	if err != nil {
 		return nil, errors.Join(err, os.Rename(to, m.path))
 	}
+	m.aside = to
 	return a, nil
 }

@@ -66,12 +66,11 @@ func (v *Volume) open(d *config.Daemon) error {
 		id:    arena.Identity{Volume: found.Superblock.UUID, SizeBytes: size, MemoryBytes: int64(v.config.Memory)},
 		stamp: found.Superblock.Incarnation.Stamp,
 	}
-	kept := false
-	if v.arena, kept, err = memory.open(); err != nil {
+	if v.arena, err = memory.open(); err != nil {
 		return err
 	}
-	if err := v.begin(found, kept); err != nil {
-		return errors.Join(err, v.leave(found))
+	if err := v.begin(found, &memory); err != nil {
+		return errors.Join(err, memory.undo(v.arena))
 	}
 	v.cache, err = cache.New(v.arena, cache.Config{
 		SizeBytes: size, Home: v.backing, Commits: v.config.Ack == config.AckDisk, FlushCommits: v.config.Flush == config.FlushDisk,
@@ -116,17 +115,22 @@ func (v *Volume) examine() (*journal.Found, error) {
 
 // begin stamps a new incarnation into memory and backing. The memory knows the stamp before the backing has it, so a process
 // that ends in between finds them to belong together.
-func (v *Volume) begin(found *journal.Found, kept bool) error {
+func (v *Volume) begin(found *journal.Found, memory *memoryFile) error {
 	if f, ok := v.backing.(*home.File); ok && found.Geometry.BackingBytes > f.Size() {
 		if err := f.Grow(found.Geometry.BackingBytes); err != nil {
 			return fmt.Errorf("make room for the metadata: %w", err)
 		}
 	}
-	if !kept {
-		v.beginGeneration()
+	if memory.kept {
+		// The memory has room for two stamps. That of the backing may be the second one, announced by a start that failed:
+		// once it is there for good it becomes the first, and the next start that fails takes nothing away.
+		if err := v.backing.Sync(); err != nil {
+			return fmt.Errorf("sync superblock: %w", err)
+		}
+		v.arena.Stamp(v.superblock.Incarnation.Stamp)
 	}
+	v.beginGeneration(memory)
 	v.superblock.Begin()
-	v.superblock.Clean = false
 	v.arena.Announce(v.superblock.Incarnation.Stamp)
 	if err := v.superblock.Store(v.backing, time.Now()); err != nil {
 		return err
@@ -135,17 +139,20 @@ func (v *Volume) begin(found *journal.Found, kept bool) error {
 	return nil
 }
 
-// beginGeneration notes in the superblock that the volume may have lost answered writes with the memory of its last opening:
-// a session that began before must not run on over its own past. A clean stop loses nothing, nor does ack=disk.
-func (v *Volume) beginGeneration() {
+// beginGeneration notes in the superblock that the volume may have lost answered writes with the memory of an earlier opening:
+// a session that began before must not run on over its own past. That is so where that opening did not end cleanly and its
+// memory is gone, and where memory with such writes was set aside. What this opening promises for its writes says nothing
+// about the one before.
+func (v *Volume) beginGeneration(memory *memoryFile) {
 	s := v.superblock
 	last := v.generation()
-	if last != 0 && (s.Clean || v.config.Ack == config.AckDisk) {
+	lost := memory.lost || !s.Clean && !memory.kept
+	if last != 0 && !lost {
 		return
 	}
-	if last != 0 {
-		v.log.Warn("the memory of the volume was lost while it was in use; writes that were not home are gone",
-			"ack", string(v.config.Ack), "generation", last+1)
+	if lost {
+		v.log.Warn("the memory of the volume was lost while it was in use; answered writes that were not home are gone",
+			"generation", last+1)
 	}
 	if len(s.Generations) == journal.MaxGenerations {
 		s.Generations = s.Generations[1:]
@@ -159,14 +166,6 @@ func (v *Volume) generation() uint64 {
 		return v.superblock.Generations[n-1].ID
 	}
 	return 0
-}
-
-// leave gives up a memory file after a failed begin; one that was just made is removed.
-func (v *Volume) leave(found *journal.Found) error {
-	if found.Adopted && !cache.Holds(v.arena) {
-		return v.arena.Remove()
-	}
-	return v.arena.Close()
 }
 
 func (v *Volume) wake() {
@@ -269,7 +268,8 @@ func (v *Volume) Flush(ctx context.Context) error { return v.flusher.Flush(ctx) 
 const progressInterval = 200 * time.Millisecond
 
 // Drain stops the volume cleanly: everything is brought home, the superblock says so, and the memory file is gone. After an
-// error the memory file stays for the next start. It comes after the last request; Close comes after it.
+// error the memory file stays for the next start; flush.ErrInFlight is as in Close. It comes after the last request; Close
+// comes after it.
 func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64)) error {
 	dirty, written := v.cache.Stats().DirtyBytes, v.flusher.Status().WrittenBytes
 	done := make(chan error, 1)
@@ -282,7 +282,7 @@ func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64))
 			if err != nil {
 				return fmt.Errorf("bring everything home: %w", err)
 			}
-			return v.retire()
+			return v.retire(ctx)
 		case <-ticker.C:
 			// What is written counts at once, though it turns clean only with the next sync.
 			progress(max(0, dirty-int64(v.flusher.Status().WrittenBytes-written)))
@@ -290,47 +290,80 @@ func (v *Volume) Drain(ctx context.Context, progress func(remainingBytes int64))
 	}
 }
 
-// retire ends a volume that is home as a whole.
-func (v *Volume) retire() error {
-	if lost := v.cache.Stats().Lost; v.cache.Dirty() {
-		return fmt.Errorf("%d blocks failed their checksum and are lost; the memory file is kept, since the backing has only their older content", lost)
-	}
+// retire ends a volume after a drain. What did not come home keeps it from being called clean: blocks that are lost, and
+// writes that were under way when their connections were cut.
+func (v *Volume) retire(ctx context.Context) error {
 	var err error
 	v.closed.Do(func() {
-		if err = v.flusher.Stop(context.Background()); err != nil {
+		if err = v.halt(ctx); err != nil {
 			return
 		}
-		v.stopWork()
+		if v.cache.Dirty() {
+			err = errors.Join(v.left(), v.arena.Close(), v.backing.Close())
+			return
+		}
 		v.superblock.Clean = true
-		if err = v.superblock.Store(v.backing, time.Now()); err != nil {
+		err = await(ctx, func() error { return v.superblock.Store(v.backing, time.Now()) })
+		switch {
+		case errors.Is(err, flush.ErrInFlight):
+		case err != nil:
 			err = errors.Join(err, v.arena.Close(), v.backing.Close())
-			return
+		default:
+			err = errors.Join(v.arena.Remove(), v.backing.Close())
 		}
-		err = errors.Join(v.arena.Remove(), v.backing.Close())
 	})
 	return err
 }
 
-func (v *Volume) stopWork() {
-	close(v.stop)
-	v.wg.Wait()
-	v.cache.Close()
+// left says what of a volume is not home.
+func (v *Volume) left() error {
+	s := v.cache.Stats()
+	return fmt.Errorf("the backing lacks %d dirty bytes, %d zeroed ranges and %d lost blocks, whose checksum failed; the memory file is kept",
+		s.DirtyBytes, s.ZeroExtents, s.Lost)
 }
 
-// stopTimeout bounds how long Close waits for operations of the backing that have not ended.
+// stopTimeout bounds how long a stop waits for operations of the backing that have not ended.
 const stopTimeout = 5 * time.Second
 
-// Close stops the volume without bringing anything home: the memory file stays for a warm restart.
-func (v *Volume) Close() error {
+// Close stops the volume without bringing anything home: the memory file stays for a warm restart. Where operations of the
+// backing hang it gives up with flush.ErrInFlight; memory and backing then stay open, and locked, until the process ends.
+func (v *Volume) Close() error { return v.close(context.Background()) }
+
+func (v *Volume) close(ctx context.Context) error {
 	var err error
 	v.closed.Do(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
-		defer cancel()
-		if err = v.flusher.Stop(ctx); errors.Is(err, flush.ErrInFlight) {
-			return // memory and backing are in use until the process ends
+		if err = v.halt(ctx); err == nil {
+			err = errors.Join(v.arena.Close(), v.backing.Close())
 		}
-		v.stopWork()
-		err = errors.Join(err, v.arena.Close(), v.backing.Close())
 	})
 	return err
+}
+
+// halt ends everything that uses memory and backing, or gives up with flush.ErrInFlight.
+func (v *Volume) halt(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
+	defer cancel()
+	close(v.stop)
+	if err := v.flusher.Stop(ctx); err != nil {
+		return err
+	}
+	return await(ctx, func() error {
+		v.wg.Wait()
+		v.device.surveys.close()
+		v.cache.Close()
+		return nil
+	})
+}
+
+// await calls something that may hang with the backing. When ctx ends first the call is left alone and the error is
+// flush.ErrInFlight.
+func await(ctx context.Context, call func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- call() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", flush.ErrInFlight, context.Cause(ctx))
+	}
 }
