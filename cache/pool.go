@@ -20,7 +20,6 @@ const (
 type pool struct {
 	mu     sync.Mutex
 	free   uint32 // slot+1 of the head of the free list, linked through Cache.next
-	nfree  int
 	lo, hi uint32 // slots [lo, hi)
 	hand   uint32
 	ring   []uint32
@@ -40,7 +39,6 @@ func (p *pool) take(c *Cache, dst []uint32) int {
 	for n < len(dst) && p.free != 0 {
 		s := p.free - 1
 		p.free = c.next[s]
-		p.nfree--
 		p.enqueue(c, s)
 		dst[n] = s
 		n++
@@ -235,7 +233,6 @@ func (c *Cache) release(s uint32) {
 	p.mu.Lock()
 	c.next[s] = p.free
 	p.free = s + 1
-	p.nfree++
 	p.mu.Unlock()
 	c.free.Add(1)
 	c.readQueue.kick()

@@ -127,7 +127,7 @@ func (c *Cache) dropCorrupt(block uint64, r ref) bool {
 func (c *Cache) lose(s uint32) {
 	m := c.meta(s)
 	c.redirty(s, m.dirty, true)
-	c.leaveEpoch(s)
+	c.open.remove(s) // where it is in the open epoch; a pass skips what is lost
 	c.stats.lost.Add(1)
 }
 

@@ -111,7 +111,6 @@ func (c *Cache) freeRest() {
 			p := &c.pools[i/c.perPool]
 			c.next[s] = p.free
 			p.free = s + 1
-			p.nfree++
 			c.free.Add(1)
 		}
 	}

@@ -352,6 +352,3 @@ func (c *Cache) Pressed() bool {
 	return c.waiting.Load() || !c.writeQueue.empty() || !c.readQueue.empty() || c.open.count.Load() > c.openLimit/2 ||
 		c.zeroesUsed() > len(c.arena.Zeroes)/2
 }
-
-// leaveEpoch takes a version that was marked lost out of the open epoch. Callers hold pub.
-func (c *Cache) leaveEpoch(s uint32) { c.open.remove(s) }
