@@ -47,7 +47,7 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 	}
 	o := home.Options{Direct: true}
 	if v.Backing.Kind == config.BackingFile && v.Size > 0 {
-		o.CreateBytes = journal.CreateBytes(int64(v.Size))
+		o.CreateBytes = journal.CreateBytes(int64(v.Size), 0)
 	}
 	f, err := home.Open(v.Backing.Path, o)
 	if errors.Is(err, home.ErrBusy) {

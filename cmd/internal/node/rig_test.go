@@ -36,7 +36,7 @@ type drive struct {
 }
 
 func newDrive() *drive {
-	return &drive{data: make([]byte, journal.CreateBytes(testSize)), writes: -1}
+	return &drive{data: make([]byte, journal.CreateBytes(testSize, 0)), writes: -1}
 }
 
 func (d *drive) set(change func()) {
