@@ -11,7 +11,7 @@ type pacing struct {
 	commit, home pace
 
 	limit     atomic.Int64 // blocks that may be uncommitted
-	most      int64        // the highest limit there may be
+	most      int64        // the highest limit there may be: max_dirty, and a third of the slots
 	slots     int64        // blocks that may be dirty
 	room      atomic.Int64 // blocks that the journal can take now; without a journal any number
 	ringUsed  atomic.Int64 // blocks of the journal in use
@@ -29,11 +29,12 @@ func (p *pacing) init(slots, maxDirty int64) {
 	p.slots = slots - slots/4
 	p.room.Store(1 << 62)
 	p.setLimit(maxDirty)
+	p.most = p.limit.Load()
 	p.commit.credit.Store(p.limit.Load()/8 + 1)
 	p.home.credit.Store(p.slots/8 + 1)
 }
 
-// setLimit changes how many blocks may be uncommitted; 0: a third of the slots.
+// setLimit changes how many blocks may be uncommitted, up to most; 0: most.
 func (p *pacing) setLimit(blocks int64) {
 	if blocks <= 0 || blocks > p.most {
 		blocks = p.most
@@ -139,7 +140,7 @@ func (c *Cache) Room(blocks, used, total int64) {
 	c.writeQueue.kick()
 }
 
-// Limit changes how many bytes may be uncommitted; 0, or more than a third of the memory: that third.
+// Limit changes how many bytes may be uncommitted, up to MaxDirtyBytes; 0: that.
 func (c *Cache) Limit(bytes int64) {
 	blocks := bytes / BlockBytes
 	if bytes > 0 {

@@ -35,6 +35,8 @@ type commits struct {
 	job      *job   // is being put together; nil: none is
 	heads    int    // chunks that begin in job
 	rate     rate
+	ready    uint64 // position up to which the backing has given the ring its blocks; see prepare
+	lap      uint64 // position at which all of the ring has them
 }
 
 func newCommits(f *Flusher, src Journaled, j *Journal, d *disk) *commits {
@@ -44,7 +46,9 @@ func newCommits(f *Flusher, src Journaled, j *Journal, d *disk) *commits {
 		entries: make([]journal.Entry, 0, journal.EntriesPerChunk),
 	}
 	c.lane.init(f, j.Dev, d)
-	c.mark.Store(c.ring.State().Head)
+	head := c.ring.State().Head
+	c.mark.Store(head)
+	c.ready, c.lap = head, head+c.ring.Blocks()
 	c.tellRoom()
 	return c
 }
@@ -137,6 +141,9 @@ func (c *commits) write(seal uint64, blocks int64) error {
 	if err := c.waitForRoom(blocks); err != nil {
 		return err
 	}
+	if err := c.prepare(blocks); err != nil {
+		return err
+	}
 	c.begin(seal)
 	c.src.Retake()
 	others := c.others
@@ -213,6 +220,41 @@ func (c *commits) waitForRoom(blocks int64) error {
 		case <-c.f.stop:
 			return ErrStopped
 		}
+	}
+	return nil
+}
+
+// prepareBytes is how much of the ring is prepared at once.
+const prepareBytes = 8 << 20
+
+// prepare has a sparse file allocate the blocks of the ring before they are used, many at a time: else each commit of the first
+// lap would have to wait for the file system to record that a few more blocks have content. Only holes are written, so
+// nothing is written over that was there.
+func (c *commits) prepare(blocks int64) error {
+	holes, ok := c.j.Dev.(interface {
+		Extents(off, n int64, fn func(off, n int64, flags uint32) bool) error
+	})
+	need := c.state().Head + journal.RunBlocks(int(blocks), len(c.others)) + slackBlocks
+	for ok && c.ready < min(need, c.lap) {
+		size := c.ring.Blocks()
+		n := min(prepareBytes/BlockBytes, size-c.ready%size)
+		off, end := c.ring.Offset(c.ready), c.ring.Offset(c.ready)+int64(n)*BlockBytes
+		var found []Zero
+		err := holes.Extents(off, end-off, func(off, n int64, flags uint32) bool {
+			if flags != 0 {
+				found = append(found, Zero{off, min(n, end-off)})
+			}
+			return true
+		})
+		if err != nil {
+			return err
+		}
+		for _, h := range found {
+			if err := c.lane.writeZeroes(h.Off, h.Bytes); err != nil {
+				return c.f.counters.failure(err, "allocate", h.Off, h.Bytes)
+			}
+		}
+		c.ready += n
 	}
 	return nil
 }

@@ -16,7 +16,7 @@ import (
 const maxFills = 64
 
 // zeroBufferBytes is the length of the buffer of zeroes for backings without Zero.
-const zeroBufferBytes = 64 << 10
+const zeroBufferBytes = 1 << 20
 
 // job is one operation on the backing: a write of adjoining pieces, or a range to be zeroed. A fixed number
 // of them is used again and again.
