@@ -8,5 +8,9 @@
 //	RAMSHELF          the binary under test; built from this tree when empty
 //	RAMSHELF_SOAK     1 runs the long forms (kill -9 at 30 random moments, longer loads)
 //	RAMSHELF_KILLS    how often the crash tests kill, instead of 6 (30 in a soak)
+//	RAMSHELF_CUTS     how often TestPowerCut cuts the power, instead of 40 (2000 in a soak)
+//	RAMSHELF_SOAK_MINUTES  how long a soak of power cuts may take, instead of 90; the next one takes up where it stopped,
+//	                  by out/soak/powercut.json
+//	RAMSHELF_HISTORIES, RAMSHELF_LARGE_HISTORIES  how many random histories the oracle of power cuts is tested with
 //	RAMSHELF_TARGET   nbdkit runs the tests that any server must pass against nbdkit instead, to calibrate them
 package system
