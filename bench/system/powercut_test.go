@@ -35,11 +35,15 @@ type cutMode struct {
 
 // cutModes are the volumes of TestPowerCut. Memory is a quarter of the smallest, so that blocks come and go.
 var cutModes = []cutMode{
-	{name: "disk", journal: "none", ack: "disk", size: 256 * mib},
-	{name: "disk slow", journal: "none", ack: "disk", size: 256 * mib, slow: true},
-	{name: "flush", journal: "none", ack: "ram", flush: "disk", staleness: "20ms", size: 256 * mib},
-	{name: "flush slow", journal: "none", ack: "ram", flush: "disk", size: 256 * mib, slow: true},
-	{name: "ram", journal: "none", ack: "ram", staleness: "10ms", size: 256 * mib},
+	{name: "disk", journal: "internal", ack: "disk", size: 256 * mib},
+	{name: "disk slow", journal: "internal", ack: "disk", staleness: "20ms", size: 256 * mib, slow: true},
+	{name: "disk external", journal: "external", ack: "disk", size: gib},
+	{name: "flush", journal: "internal", ack: "ram", flush: "disk", staleness: "20ms", size: 256 * mib},
+	{name: "flush slow", journal: "external", ack: "ram", flush: "disk", size: 256 * mib, slow: true},
+	{name: "ram", journal: "internal", ack: "ram", staleness: "10ms", size: gib},
+	{name: "ram slow", journal: "internal", ack: "ram", size: 256 * mib, slow: true},
+	{name: "ram external", journal: "external", ack: "ram", staleness: "50ms", size: 256 * mib},
+	{name: "none", journal: "none", ack: "disk", size: 256 * mib},
 }
 
 const cutMemory = 64 * mib
