@@ -241,3 +241,18 @@ func TestPowerCut(t *testing.T) {
 		})
 	}
 }
+
+// TestIdleSealsTakeNoNumber: while nothing is written no numbers go by, so that what status calls committed is never ahead of what
+// the journal says.
+func TestIdleSealsTakeNoNumber(t *testing.T) {
+	v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) { cfg.Journaled = true })
+	if err := v.client().write(0, make([]byte, 4096)); err != nil {
+		t.Fatal(err)
+	}
+	v.commit()
+	first := v.Stats().Committed
+	v.commit()
+	if _, _, changed := v.Seal(); changed || v.Stats().Committed != first || v.Stats().Open != first {
+		t.Errorf("committed %d, open %d after seals of nothing, want %d", v.Stats().Committed, v.Stats().Open, first)
+	}
+}

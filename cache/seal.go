@@ -13,10 +13,17 @@ type Version struct {
 }
 
 // Seal takes a number: everything that was published before it belongs to the seal. The seal before must have been
-// committed. It reports the blocks of the seal in bytes, and whether anything was published since the seal before.
+// committed. It reports the blocks of the seal in bytes, and whether anything was published since the seal before: if
+// not, that one stands, so that numbers do not run on while nothing happens, ahead of what the journal knows.
 func (c *Cache) Seal() (seal uint64, dirtyBytes int64, changed bool) {
 	c.pub.Lock()
 	changed = c.lastWrite > c.seal
+	if !changed && c.open.n == 0 && c.committed.Load() == c.seal {
+		seal = c.seal
+		c.waiting.Store(false)
+		c.pub.Unlock()
+		return seal, 0, false
+	}
 	seal = c.nextNumber()
 	c.arena.SetPublished(seal)
 	c.seal = seal

@@ -118,10 +118,11 @@ func (f *Flusher) failed(p *progress, attempt int, err error, backoff *time.Dura
 	}
 	f.health.attemptFailed(p, attempt, err)
 	if attempt >= f.o.FailAfter {
-		if f.commits == nil || p == &f.commits.lane.progress {
-			f.src.Failed(err) // what waits for a commit does not care for the way home
+		commit := f.commits == nil || p == &f.commits.lane.progress
+		if commit { // what waits for a commit does not care for the way home
+			f.src.Failed(err)
 		}
-		f.waiting.fail(err)
+		f.waiting.fail(err, commit)
 	}
 	ok := f.pause(*backoff)
 	*backoff = min(2**backoff, f.o.MaxBackoff)

@@ -51,6 +51,7 @@ type progress struct {
 	outstanding atomic.Int32 // operations in flight
 	at          atomic.Int64 // time of the last completion, or of the first start after none was in flight
 	attempts    atomic.Int64 // consecutive failed attempts
+	failing     atomic.Int64 // time of the first of them, as at; 0: none failed
 }
 
 func (p *progress) begin() {
@@ -72,6 +73,25 @@ func (p *progress) stalled() time.Duration {
 		return 0
 	}
 	return time.Since(p.base) - time.Duration(p.at.Load())
+}
+
+// failed counts an attempt that failed, the one of that number in a row.
+func (p *progress) failed(attempts int) {
+	p.failing.CompareAndSwap(0, max(1, int64(time.Since(p.base))))
+	p.attempts.Store(int64(attempts))
+}
+
+func (p *progress) succeeded() {
+	p.attempts.Store(0)
+	p.failing.Store(0)
+}
+
+// useless is how long the lane has got nothing done: nothing completes, or every attempt fails.
+func (p *progress) useless() time.Duration {
+	if since := p.failing.Load(); since > 0 {
+		return time.Since(p.base) - time.Duration(since)
+	}
+	return p.stalled()
 }
 
 // health keeps the state of the backing: that of the lane that is worst off.
@@ -99,8 +119,15 @@ func (h *health) attempts() (most int64) {
 	return most
 }
 
+func (h *health) useless() (longest time.Duration) {
+	for _, p := range h.lanes {
+		longest = max(longest, p.useless())
+	}
+	return longest
+}
+
 // errHung: the backing does nothing any more.
-var errHung = errors.New("no operation of the backing has ended for a long time")
+var errHung = errors.New("the backing has completed nothing for a long time")
 
 // runWatch looks whether operations complete. It only looks: an operation that hangs is never given up,
 // since a second one for its range could be overtaken by it. But nobody is left waiting for it for ever.
@@ -115,12 +142,16 @@ func (h *health) runWatch() {
 		case <-ticker.C:
 		}
 		stalled := h.stalled()
-		if stalled >= o.GiveUpAfter {
-			h.become(func(State) State { return StateFailed }, errHung)
+		if h.useless() >= o.GiveUpAfter {
+			why := errHung
+			if e := h.err.Load(); e != nil {
+				why = *e
+			}
+			h.become(func(State) State { return StateFailed }, why)
 			h.hung = true
 			h.f.src.Refuse(true)
-			h.f.src.Failed(errHung)
-			h.f.waiting.fail(errHung)
+			h.f.src.Failed(why)
+			h.f.waiting.fail(why, true)
 			continue
 		}
 		if h.hung {
@@ -141,19 +172,19 @@ func (h *health) runWatch() {
 }
 
 func (h *health) attemptFailed(p *progress, attempts int, err error) {
-	p.attempts.Store(int64(attempts))
+	p.failed(attempts)
 	h.become(func(State) State { return StateFailed }, err)
 }
 
 func (h *health) attemptDone(p *progress) {
-	p.attempts.Store(0)
+	p.succeeded()
 	h.settle()
 }
 
 // settle makes the state ok where no lane fails.
 func (h *health) settle() {
 	h.become(func(now State) State {
-		if h.attempts() > 0 || h.stalled() >= h.f.o.GiveUpAfter {
+		if h.attempts() > 0 || h.useless() >= h.f.o.GiveUpAfter {
 			return now
 		}
 		return StateOK
@@ -292,8 +323,9 @@ type waiting struct {
 	committed uint64     // callers up to here are covered by a committed seal
 	sweeping  uint64     // by the sweep under way
 	done      uint64     // by one that ended
-	failures  uint64     // attempts that failed for good
-	err       error      // the last of them
+	failures  uint64     // commits that failed for good
+	lapses    uint64     // commits or ways home that did
+	err       error      // of the last of either
 	ended     error      // not nil: nobody will be answered any more
 	changed   chan struct{}
 }
@@ -303,16 +335,16 @@ func (w *waiting) wait(ctx context.Context, wake func(), commit bool) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.came++
-	me, failures := w.came, w.failures
-	reached := &w.committed
+	me, reached, failures := w.came, &w.committed, &w.failures
 	if !commit {
-		w.wants, reached = me, &w.done
+		w.wants, reached, failures = me, &w.done, &w.lapses
 	}
+	before := *failures
 	for first := true; ; first = false {
 		switch {
 		case *reached >= me:
 			return nil
-		case w.failures > failures:
+		case *failures > before:
 			return w.err
 		case w.ended != nil:
 			return w.ended
@@ -353,7 +385,16 @@ func (w *waiting) sweep() { w.update(func() { w.sweeping = w.committed }) }
 
 func (w *waiting) home() { w.update(func() { w.done = w.sweeping }) }
 
-func (w *waiting) fail(err error) { w.update(func() { w.failures++; w.err = err }) }
+// fail tells those who wait for the way home, and if it is the commit that failed those who wait for that.
+func (w *waiting) fail(err error, commit bool) {
+	w.update(func() {
+		w.lapses++
+		if commit {
+			w.failures++
+		}
+		w.err = err
+	})
+}
 
 func (w *waiting) finish(err error) { w.update(func() { w.ended = err }) }
 

@@ -192,7 +192,7 @@ func fioRound(t *testing.T, s server, dir string) bool {
 	time.Sleep(600*time.Millisecond + rand.N(1200*time.Millisecond))
 	syscall.Kill(s.pid(), syscall.SIGSTOP)
 	writeFile(t, dir+"/trigger", "")
-	eventually(t, 20*time.Second, "fio saves what it knows", func() bool {
+	eventually(t, time.Minute, "fio saves what it knows", func() bool {
 		states, _ := filepath.Glob(dir + "/*-verify.state")
 		return len(states) == 2 && complete(states[0]) && complete(states[1])
 	})

@@ -28,7 +28,7 @@ type server interface {
 type volume struct {
 	size, memory int64 // bytes; 256 MiB and 64 MiB
 	ack          string
-	journal      string // none
+	journal      string // internal
 	backing      string // a file of the test's own
 	extra        []string
 	binary       string // the one under test
@@ -63,7 +63,7 @@ func newRamshelf(t testing.TB, v volume) *ramshelf {
 		v.ack = "ram"
 	}
 	if v.journal == "" {
-		v.journal = "none"
+		v.journal = "internal"
 	}
 	if v.backing == "" {
 		v.backing = "file:" + filepath.Join(t.TempDir(), "home.img")

@@ -39,7 +39,7 @@ const backingTimeout = 30 * time.Second
 // openBacking opens and locks the backing of v. A missing file is made if v says how large it shall be.
 func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backing, error) {
 	if v.Backing.Kind == config.BackingNBD {
-		c, err := dialBacking(ctx, v.Backing.URI, log)
+		c, err := dialBacking(ctx, v.Backing.URI, v.Journal.Kind == config.JournalBacking, log)
 		if err != nil {
 			return nil, fmt.Errorf("open backing %s: %w", v.Backing, err)
 		}
@@ -63,7 +63,7 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 func openJournal(ctx context.Context, v *config.Volume, data backing, log *slog.Logger) (backing, error) {
 	b := v.Journal.Backing
 	if b.Kind == config.BackingNBD {
-		c, err := dialBacking(ctx, b.URI, log)
+		c, err := dialBacking(ctx, b.URI, false, log)
 		if err != nil {
 			return nil, fmt.Errorf("open journal %s: %w", b, err)
 		}
@@ -93,13 +93,13 @@ func openHome(path string, createBytes int64) (backing, error) {
 
 // dialBacking connects to a backing over NBD. Where the volume was not stopped cleanly, writes of the process before may still be
 // on their way to the server: the first write then waits until they cannot land any more.
-func dialBacking(ctx context.Context, uri string, log *slog.Logger) (*nbd.Client, error) {
+func dialBacking(ctx context.Context, uri string, dataOnly bool, log *slog.Logger) (*nbd.Client, error) {
 	probe, err := nbd.Dial(ctx, uri, nbd.ClientOptions{Timeout: backingTimeout, Log: log})
 	if err != nil {
 		return nil, err
 	}
 	s, err := journal.Load(probe, journal.AreaOffset(probe.Size()))
-	clean := errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean
+	clean := !dataOnly && (errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean)
 	if err := probe.Close(); err != nil {
 		return nil, err
 	}
