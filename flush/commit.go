@@ -35,8 +35,10 @@ type commits struct {
 	job      *job   // is being put together; nil: none is
 	heads    int    // chunks that begin in job
 	rate     rate
-	ready    uint64 // position up to which the backing has given the ring its blocks; see prepare
-	lap      uint64 // position at which all of the ring has them
+	began    atomic.Int64  // when the run under way began to be written, nanoseconds since lane.base; 0: none is
+	before   atomic.Uint64 // lane.bytes then
+	ready    uint64        // position up to which the backing has given the ring its blocks; see prepare
+	lap      uint64        // position at which all of the ring has them
 }
 
 func newCommits(f *Flusher, src Journaled, j *Journal, d *disk) *commits {
@@ -94,7 +96,10 @@ func (c *commits) commit() (moved, ok bool) {
 	moved = changed || dirtyBytes > 0
 	switch {
 	case moved:
-		ok = c.attempt(func() error { return c.write(seal, dirtyBytes/BlockBytes) })
+		ok = c.attempt(func() error {
+			defer c.began.Store(0)
+			return c.write(seal, dirtyBytes/BlockBytes)
+		})
 	case c.tailPending() || due && !c.named:
 		ok = c.attempt(c.writeMark)
 	default:
@@ -144,6 +149,8 @@ func (c *commits) write(seal uint64, blocks int64) error {
 	if err := c.prepare(blocks); err != nil {
 		return err
 	}
+	c.before.Store(c.lane.bytes.Load())
+	c.began.Store(int64(time.Since(c.lane.base)))
 	c.begin(seal)
 	c.src.Retake()
 	others := c.others
@@ -392,9 +399,32 @@ func (c *commits) tailPending() bool {
 // measure notes how fast a commit was, and what may be uncommitted if all of it has to be saved within the hold-up time.
 func (c *commits) measure(bytes int64, d time.Duration) {
 	c.rate.add(bytes, d)
-	if c.f.o.HoldUp > 0 {
-		if slowest := c.rate.lowest(); slowest > 0 {
-			c.src.Limit(max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds())))
+	c.holdUp()
+}
+
+func (c *commits) holdUp() {
+	if slowest := c.rate.lowest(); c.f.o.HoldUp > 0 && slowest > 0 {
+		c.src.Limit(max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds())))
+	}
+}
+
+// holdUpInterval is how often a run under way is looked at.
+const holdUpInterval = 50 * time.Millisecond
+
+// watchHoldUp lowers what may be uncommitted while a run is being written, when that turns out to be slow.
+func (c *commits) watchHoldUp() {
+	ticker := time.NewTicker(holdUpInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-c.f.stop:
+			return
+		case <-ticker.C:
+		}
+		began := c.began.Load()
+		d := time.Since(c.lane.base) - time.Duration(began)
+		if began != 0 && d >= 2*holdUpInterval && c.rate.sofar(int64(c.lane.bytes.Load()-c.before.Load()), d) {
+			c.holdUp()
 		}
 	}
 }

@@ -305,6 +305,9 @@ func (f *Flusher) Start() {
 		loop(&f.homeLane, f.runDirect)
 	} else {
 		loop(&f.commits.lane, f.commits.run)
+		if f.o.HoldUp > 0 {
+			wg.Go(f.commits.watchHoldUp)
+		}
 		loop(&f.homeLane, f.runHome)
 	}
 	go func() {

@@ -13,7 +13,7 @@ const (
 	rateBytes = 1 << 20
 )
 
-// rate keeps how fast the last commits were. add belongs to one goroutine; the others may be called at any time.
+// rate keeps how fast the last commits were. add belongs to one goroutine; the other methods may be called at any time.
 type rate struct {
 	samples [rateSamples]float64 // bytes per second
 	n       int                  // ever added
@@ -32,6 +32,24 @@ func (r *rate) add(bytes int64, d time.Duration) {
 	slices.Sort(have)
 	r.slowest.Store(math.Float64bits(have[len(have)/100]))
 	r.middle.Store(math.Float64bits(have[len(have)/2]))
+}
+
+// sofar takes into account a commit that is under way and slower than all before: whoever waits for its end would go on for too
+// long by a speed that is over. It reports whether that is news. It may be called beside add.
+func (r *rate) sofar(bytes int64, d time.Duration) bool {
+	if bytes < rateBytes || d <= 0 {
+		return false
+	}
+	now := float64(bytes) / d.Seconds()
+	for {
+		old := r.slowest.Load()
+		if slowest := math.Float64frombits(old); slowest > 0 && now >= slowest {
+			return false
+		}
+		if r.slowest.CompareAndSwap(old, math.Float64bits(now)) {
+			return true
+		}
+	}
 }
 
 // lowest is the first percentile, 0 before the first sample.
