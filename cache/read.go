@@ -101,6 +101,7 @@ func (c *Cache) finishRead(op *Op) {
 // dropCorrupt takes a version whose checksum fails out of the cache if home has the same, and marks it lost if not.
 // It reports whether a new look may find good data.
 func (c *Cache) dropCorrupt(block uint64, r ref) bool {
+	repairs := c.stats.repaired.Load()
 	if m := c.meta(r.slot); m.dirty != 0 && !m.lost && c.repaired(r.slot, r.number) {
 		return true
 	}
@@ -116,8 +117,8 @@ func (c *Cache) dropCorrupt(block uint64, r ref) bool {
 	if m.lost {
 		return false
 	}
-	if c.intact(r.slot, r.number) {
-		return true // repaired meanwhile
+	if c.stats.repaired.Load() != repairs && c.intact(r.slot, r.number) {
+		return true // by somebody else
 	}
 	c.stats.corrupt.Add(1)
 	c.log.Error("block failed its checksum", "block", block, "number", r.number, "dirty", m.dirty != 0)

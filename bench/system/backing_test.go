@@ -168,13 +168,15 @@ func TestBackingFaults(t *testing.T) {
 			return f
 		}},
 	} {
-		t.Run(row.name, func(t *testing.T) { backingFault(t, row.make(t)) })
+		for _, journal := range []string{"internal", "none"} {
+			t.Run(row.name+"/"+journal, func(t *testing.T) { backingFault(t, row.make(t), journal) })
+		}
 	}
 }
 
-func backingFault(t *testing.T, f *faulty) {
+func backingFault(t *testing.T, f *faulty, journal string) {
 	f.start()
-	s := serveRamshelf(t, volume{size: backingBytes, memory: 96 * mib, backing: f.uri(),
+	s := serveRamshelf(t, volume{size: backingBytes, memory: 96 * mib, backing: f.uri(), journal: journal,
 		extra: []string{"--flush", "disk", "--staleness", "200ms"}})
 	h := newShadow(t, s, backingBytes)
 	const half = backingBytes / 2
@@ -234,6 +236,7 @@ func backingFault(t *testing.T, f *faulty) {
 	if err := h.c.do(cmdFlush, 0, 0, nil); err != nil {
 		t.Errorf("FLUSH after the backing has healed: %v", err)
 	}
+	s.flush()
 	if st := s.status(); st.DirtyBytes != 0 || st.State != "ok" {
 		t.Errorf("after the flush %d bytes are dirty and the state is %s", st.DirtyBytes, st.State)
 	}
@@ -248,10 +251,10 @@ func backingFault(t *testing.T, f *faulty) {
 func TestAckDiskTells(t *testing.T) {
 	f := errorFilter(t, true, "error-pwrite=EIO", "error-pwrite-rate=100%", "error-pwrite-file=TRIGGER")
 	f.start()
-	s := serveRamshelf(t, volume{size: backingBytes, memory: 96 * mib, ack: "disk", backing: f.uri()})
+	s := serveRamshelf(t, volume{size: backingBytes, memory: 96 * mib, ack: "disk", journal: "none", backing: f.uri()})
 	h := newShadow(t, s, backingBytes)
 	h.write(20, 0, backingBytes, 1)
-	// Answered means home: the file has it although nobody asked for a flush.
+	// Answered means home where there is no journal: the file has it although nobody asked for a flush.
 	h.checkFile(f.file)
 	f.breakIt()
 	p := bytes.Repeat([]byte("x"), 5000)

@@ -158,7 +158,7 @@ func TestLinearWrites(t *testing.T) {
 	backing.start()
 	// What is not home may take a third of the memory and is sent home from half of that on: so much memory does
 	// it take that nothing goes home before all is dirty.
-	s := serveRamshelf(t, volume{size: size, memory: 6400 * mib, backing: backing.uri(), extra: []string{"--staleness", "1h"}})
+	s := serveRamshelf(t, volume{size: size, memory: 6400 * mib, journal: "none", backing: backing.uri(), extra: []string{"--staleness", "1h"}})
 	content := func(n int, p []byte) {
 		for i := 0; i < blockBytes; i += 8 {
 			binary.LittleEndian.PutUint64(p[i:], uint64(n)<<16|uint64(i))
