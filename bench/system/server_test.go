@@ -28,6 +28,7 @@ type server interface {
 type volume struct {
 	size, memory int64 // bytes; 256 MiB and 64 MiB
 	ack          string
+	journal      string // none
 	backing      string // a file of the test's own
 	extra        []string
 	binary       string // the one under test
@@ -60,6 +61,9 @@ func newRamshelf(t testing.TB, v volume) *ramshelf {
 	}
 	if v.ack == "" {
 		v.ack = "ram"
+	}
+	if v.journal == "" {
+		v.journal = "none"
 	}
 	if v.backing == "" {
 		v.backing = "file:" + filepath.Join(t.TempDir(), "home.img")
@@ -113,7 +117,7 @@ func (s *ramshelf) args() []string {
 	args := []string{
 		"serve", "--name", s.export(), "--backing", s.v.backing,
 		"--size", fmt.Sprint(s.v.size), "--memory", fmt.Sprint(s.v.memory),
-		"--ack", s.v.ack, "--journal", "none",
+		"--ack", s.v.ack, "--journal", s.v.journal,
 		"--listen", nbdURI(s.export(), s.socket()),
 		"--control", s.control, "--shm", s.shm,
 	}
@@ -262,6 +266,7 @@ type nbdkit struct {
 	t    testing.TB
 	dir  string
 	args []string // plugin with parameters, filters before it
+	env  []string
 	file string
 	p    *process
 }
@@ -292,7 +297,7 @@ func (s *nbdkit) pid() int       { return s.p.pid() }
 func (s *nbdkit) start() {
 	s.t.Helper()
 	os.Remove(s.socket())
-	s.p = command{}.start(s.t, "nbdkit", append([]string{"-f", "-U", s.socket()}, s.args...)...)
+	s.p = command{env: s.env}.start(s.t, "nbdkit", append([]string{"-f", "-U", s.socket()}, s.args...)...)
 	eventually(s.t, 10*time.Second, "nbdkit listens", func() bool {
 		if s.p.ended() {
 			s.t.Fatalf("nbdkit: %s", s.p.stderr())
