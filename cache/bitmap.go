@@ -26,6 +26,8 @@ func (b *bitmap) add(s uint32) {
 	}
 }
 
+func (b *bitmap) has(s uint32) bool { return b.words[s/64]&(1<<(s%64)) != 0 }
+
 // remove reports whether s was a member.
 func (b *bitmap) remove(s uint32) bool {
 	w, bit := s/64, uint64(1)<<(s%64)

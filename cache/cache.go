@@ -20,9 +20,17 @@ type Config struct {
 	Home      Home
 	// Commits tells that a write is answered only once it is committed, FlushCommits that a flush or FUA is.
 	Commits, FlushCommits bool
-	// MaxDirtyBytes bounds what is uncommitted in the open epoch; 0, or more than a third of the memory: that third.
+	// MaxDirtyBytes bounds what is uncommitted; 0, or more than a third of the memory: that third.
 	MaxDirtyBytes int64
-	// Wake tells the flusher to look at Pressed; it must not block. Nil: nobody listens.
+	// Journaled tells that a seal is committed by its run in a journal and goes home later. Otherwise it is committed by
+	// being home and synced.
+	Journaled bool
+	// Committed is the newest seal that a journal holds, of what is found in the memory.
+	Committed uint64
+	// Repair looks elsewhere for version number of a block whose checksum failed and fills dst with it. What it finds counts
+	// only if it has the checksum of the version. Nil: there is nowhere to look.
+	Repair func(block, number uint64, dst []byte) bool
+	// Wake tells the flusher to look at PressedToCommit and PressedHome; it must not block. Nil: nobody listens.
 	Wake func()
 	// Now is the time in nanoseconds, for the age of the oldest uncommitted write.
 	Now func() int64
@@ -30,14 +38,16 @@ type Config struct {
 }
 
 // Cache is the hot set of one volume. Read, Reserve, Write, Abort, Zero, Flush, Release and the methods that look are safe
-// for concurrent use. Seal, Zeroes, Next, Bridge, Synced, Again and Committed belong to one goroutine, the flusher's.
+// for concurrent use. Seal, NewZeroes, Take, Retake, LostBlocks and Committed belong to one goroutine, that of the commits;
+// Sweep, Zeroes, Next, Bridge, Synced and Again to one, that of the way home, which may be the same.
 type Cache struct {
-	arena *arena.Arena
-	home  Home
-	size  int64
-	log   *slog.Logger
-	wake  func()
-	now   func() int64
+	arena  *arena.Arena
+	source Home
+	size   int64
+	log    *slog.Logger
+	wake   func()
+	now    func() int64
+	repair func(block, number uint64, dst []byte) bool
 
 	shards [shardCount]shard
 	next   []uint32        // per slot: link of its chain or free list
@@ -49,22 +59,25 @@ type Cache struct {
 	free    atomic.Int64 // slots in the free lists that nobody has claimed
 	barren  atomic.Bool  // nothing was left to evict at the last look
 
-	openLimit int64 // slots that the open epoch may have
-	reserved  atomic.Int64
-	credit    atomic.Int64
+	pacing   pacing
+	reserved atomic.Int64 // slots of requests that are not published yet
+	refusing atomic.Bool  // writes are answered EIO: the backing does nothing any more
 
+	journaled    bool
 	commits      atomic.Bool
 	flushCommits bool
 	safe         atomic.Uint64 // reads may return versions up to this number
 	waiting      atomic.Bool   // somebody waits for the next seal
+	committed    atomic.Uint64 // the newest committed seal; changed with pub held
 
-	pub         sync.Mutex // guards what follows, and the order of all numbers
-	open        openSet
-	seal        uint64 // the newest seal
-	sealing     bool   // it is being committed
-	committed   uint64 // the newest committed seal
-	lastWrite   uint64 // number of the newest write or zero
-	openSince   int64  // when the open epoch got its first write; 0: it has none
+	pub         sync.Mutex          // guards what follows, and the order of all numbers
+	open        counted             // above the newest seal
+	sealed      counted             // of the newest seal, until it is committed
+	home        counted             // committed, not home, and not in the sweep under way
+	lost        map[uint32]struct{} // slots of blocks that are lost; some may be in a set above or in the sweep besides
+	seal        uint64              // the newest seal
+	lastWrite   uint64              // number of the newest write or zero
+	openSince   int64               // when the open epoch got its first write; 0: it has none
 	sealedSince int64
 	waitOpen    opList // wait for the next seal to be committed
 	waitSealed  opList // wait for the commit under way
@@ -72,9 +85,9 @@ type Cache struct {
 
 	zeroes *zeroSet
 
-	pass        pass
-	sortBuffer  []keyed
-	sealedSlots atomic.Int64
+	take      order // by the commit under way
+	pass      pass  // the sweep under way
+	passSlots atomic.Int64
 
 	fills        fillQueue
 	streams      streams
@@ -89,21 +102,27 @@ type Cache struct {
 	stats stats
 }
 
-// openSet is the slots of the open epoch. The count may be read at any time.
-type openSet struct {
+// counted is a set of slots whose count may be read at any time.
+type counted struct {
 	bitmap
 	count atomic.Int64
 }
 
-func (o *openSet) add(s uint32) {
+func (o *counted) add(s uint32) {
 	o.bitmap.add(s)
 	o.count.Store(int64(o.n))
 }
 
-func (o *openSet) remove(s uint32) bool {
+func (o *counted) remove(s uint32) bool {
 	ok := o.bitmap.remove(s)
 	o.count.Store(int64(o.n))
 	return ok
+}
+
+// exchange swaps the members with those of b.
+func (o *counted) exchange(b *bitmap) {
+	o.bitmap, *b = *b, o.bitmap
+	o.count.Store(int64(o.n))
 }
 
 // MinMemoryBytes is the least memory that a cache works with.
@@ -113,9 +132,9 @@ const MinMemoryBytes = 8 << 20
 // there again.
 func New(a *arena.Arena, cfg Config) (*Cache, error) {
 	c := &Cache{
-		arena: a, home: cfg.Home, size: cfg.SizeBytes, log: cfg.Log, wake: cfg.Wake, now: cfg.Now,
-		flushCommits: cfg.FlushCommits,
-		readQueue:    newQueue(), writeQueue: newQueue(), stop: make(chan struct{}),
+		arena: a, source: cfg.Home, size: cfg.SizeBytes, log: cfg.Log, wake: cfg.Wake, now: cfg.Now, repair: cfg.Repair,
+		flushCommits: cfg.FlushCommits, journaled: cfg.Journaled, seal: cfg.Committed, lost: make(map[uint32]struct{}),
+		readQueue: newQueue(), writeQueue: newQueue(), stop: make(chan struct{}),
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -130,10 +149,8 @@ func New(a *arena.Arena, cfg Config) (*Cache, error) {
 	if err := c.allocate(len(a.Headers)); err != nil {
 		return nil, fmt.Errorf("allocate the index: %w", err)
 	}
-	if limit := cfg.MaxDirtyBytes / BlockBytes; limit > 0 {
-		c.openLimit = min(c.openLimit, max(2, limit))
-	}
-	c.credit.Store(c.openLimit/8 + 1)
+	c.committed.Store(cfg.Committed)
+	c.pacing.init(int64(len(a.Headers)), cfg.MaxDirtyBytes/BlockBytes)
 	c.zeroes = newZeroSet(a.Zeroes)
 	c.restore()
 	c.commits.Store(cfg.Commits)
@@ -152,7 +169,7 @@ func (c *Cache) opened() {
 	}
 }
 
-// Pieces of the memory beside the slots, in bytes per slot: header 24, bucket 4, chain 4, state 4, ghost 2, three sets 3/8,
+// Pieces of the memory beside the slots, in bytes per slot: header 24, bucket 4, chain 4, state 4, ghost 2, five sets 5/8,
 // ring 1/2: 39 of 4096, below one per cent.
 const ringShare = 8
 
@@ -183,7 +200,7 @@ func (c *Cache) allocate(slots int) error {
 	}
 	c.state, c.next = state, take32(slots)
 	buckets := take32(slots + shardCount)
-	sets := [3]*bitmap{&c.open.bitmap, &c.pass.sealed, &c.pass.taken}
+	sets := [5]*bitmap{&c.open.bitmap, &c.sealed.bitmap, &c.home.bitmap, &c.pass.left, &c.pass.taken}
 	for _, set := range sets {
 		*set = newBitmap(take64(words), take64(sums))
 	}
@@ -198,7 +215,8 @@ func (c *Cache) allocate(slots int) error {
 		sh.fills = make(map[uint64]*fill)
 	}
 	c.makePools(slots, rings)
-	c.sortBuffer = make([]keyed, 0, min(sortSlots, slots))
+	c.take.buffer = make([]keyed, 0, min(sortSlots, slots))
+	c.pass.order.buffer = make([]keyed, 0, min(sortSlots, slots))
 	return nil
 }
 
@@ -216,13 +234,19 @@ func (c *Cache) makePools(slots int, rings []uint32) {
 		p.hand = p.lo
 		p.ring = rings[i*ring : (i+1)*ring]
 	}
-	c.openLimit = int64(slots) / 3
 }
 
 func (c *Cache) zeroesFull() bool {
 	c.pub.Lock()
 	defer c.pub.Unlock()
 	return c.zeroes.full()
+}
+
+// openZeroes is how many extents are not sealed.
+func (c *Cache) openZeroes() int {
+	c.pub.Lock()
+	defer c.pub.Unlock()
+	return c.zeroes.open
 }
 
 func (c *Cache) zeroesUsed() int {

@@ -70,6 +70,8 @@ type volume struct {
 	wake  chan struct{}
 	stop  chan struct{}
 	done  chan struct{}
+
+	journal memoryJournal // where Journaled
 }
 
 func newVolume(t testing.TB, sizeBytes, memoryBytes int64, change func(*cache.Config)) *volume {
@@ -103,6 +105,7 @@ func (v *volume) open() {
 		v.t.Fatal(err)
 	}
 	v.arena = a
+	v.cfg.Committed = v.journal.committed
 	if v.Cache, err = cache.New(a, v.cfg); err != nil {
 		v.t.Fatal(err)
 	}
@@ -128,7 +131,13 @@ func (v *volume) restart() {
 // flush commits everything. Now and then it syncs in the middle of the pass, and fails: then the disk may have what it was
 // given since the last sync, or garbage in its place.
 func (v *volume) flush() {
-	seal, _ := v.Seal()
+	if v.cfg.Journaled {
+		v.commit()
+		v.sweep()
+		return
+	}
+	seal, _, _ := v.Seal()
+	v.Sweep()
 	for !v.pass() {
 	}
 	v.Committed(seal)
@@ -176,7 +185,7 @@ func (v *volume) startFlusher() {
 			case <-v.stop:
 				return
 			case <-v.wake:
-				for v.Pressed() {
+				for v.PressedToCommit() || v.cfg.Journaled && v.PressedHome() {
 					v.flush()
 				}
 			}
@@ -269,7 +278,9 @@ func TestModel(t *testing.T) {
 	for seed := range uint64(seeds()) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 1))
-			v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) { cfg.Commits = seed%2 == 1 })
+			v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) {
+				cfg.Commits, cfg.Journaled = seed%2 == 1, seed%3 > 0
+			})
 			v.startFlusher()
 			model := make([]byte, testSize)
 			for i := range model {

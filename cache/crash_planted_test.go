@@ -66,7 +66,7 @@ func (k *crashes) check() string {
 	}
 	defer a.Close()
 	cfg := k.v.cfg
-	cfg.Wake = nil
+	cfg.Wake, cfg.Committed = nil, k.v.journal.committed
 	home := &disk{data: bytes.Clone(k.v.disk.data)}
 	cfg.Home = home
 	c, err := cache.New(a, cfg)
@@ -74,7 +74,7 @@ func (k *crashes) check() string {
 		return err.Error()
 	}
 	defer c.Close()
-	again := &volume{Cache: c, t: k.t, disk: home, fate: k.r}
+	again := &volume{Cache: c, t: k.t, disk: home, fate: k.r, cfg: cfg}
 	cl := &client{v: again, done: make(chan syscall.Errno, 1)}
 	cl.op.Owner = cl
 	lo := max(0, k.off-8192)
@@ -115,7 +115,7 @@ func difference(got, before, after []byte, at int64) string {
 
 // crash runs a history with crashes and says what it found.
 func crash(t *testing.T, seed uint64, steps int) (checked int, failed string) {
-	v := newVolume(t, testSize, testMemory, nil)
+	v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) { cfg.Journaled = seed%2 == 1 })
 	r := rand.New(rand.NewPCG(seed, 7))
 	k := &crashes{t: t, v: v, r: rand.New(rand.NewPCG(seed, 8))}
 	cache.CrashPoint = k.point
@@ -198,10 +198,15 @@ func TestPlanted(t *testing.T) {
 		"drain-skips":    "TestModel",
 		"stale-fill":     "TestStaleFill",
 		"blind-checksum": "TestBitFlips",
+
+		"commit-skips":       "TestPowerCut",
+		"home-before-commit": "TestPowerCut",
+		"ack-before-commit":  "TestCommitLevels",
+		"unsafe-read":        "TestCommitLevels",
 	} {
 		t.Run(bug, func(t *testing.T) {
 			t.Parallel()
-			cmd := exec.Command(os.Args[0], "-test.run", "^"+check+"$", "-test.count=1")
+			cmd := exec.Command(os.Args[0], "-test.run", "^"+check+"$", "-test.count=1", "-test.timeout=2m")
 			cmd.Env = append(os.Environ(), "RAMSHELF_PLANT="+bug)
 			out, err := cmd.CombinedOutput()
 			if err == nil {

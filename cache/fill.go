@@ -203,7 +203,7 @@ func (c *Cache) runFill(f *fill, buf []byte) {
 }
 
 func (c *Cache) readHome(p []byte, block uint64) error {
-	n, err := c.home.ReadAt(p, int64(block)*BlockBytes)
+	n, err := c.source.ReadAt(p, int64(block)*BlockBytes)
 	c.stats.filledBytes.Add(uint64(n))
 	if err == io.EOF && n == len(p) {
 		err = nil
@@ -337,9 +337,12 @@ func (c *Cache) adopt(sh *shard, block uint64, slot uint32, data []byte, pub boo
 		copySectors(dst, c.arena.Data(s), c.meta(s).valid)
 	}
 	c.describe(slot, m, number, sum(dst, allValid))
-	if pub && m.dirty != 0 && c.isSealed(number) {
-		// The commit under way reads the old version: it stays, and the merged one serves these readers only.
-		return ref{slot, number}, true
+	if pub && m.dirty != 0 && c.kept(number) {
+		if !c.home.remove(s) {
+			// A commit or a sweep reads the old version: it stays, and the merged one serves these readers only.
+			return ref{slot, number}, true
+		}
+		c.home.add(slot)
 	}
 	crashPoint()
 	c.arena.Headers[slot].Number.Store(number)

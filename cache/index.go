@@ -82,7 +82,7 @@ func (c *Cache) drop(sh *shard, block uint64, s uint32) uint32 {
 		return noSlot
 	}
 	if c.meta(s).lost {
-		c.stats.lost.Add(^uint64(0))
+		delete(c.lost, s) // with pub held: what is lost is dirty
 	}
 	return c.retire(s)
 }

@@ -40,7 +40,8 @@ func TestSyncBeforeSuperseded(t *testing.T) {
 	if err := c.zero(1000*4096, 64*4096); err != nil {
 		t.Fatal(err)
 	}
-	seal, _ := v.Seal()
+	seal, _, _ := v.Seal()
+	v.Sweep()
 	v.Zeroes(v.disk.zero)
 	v.take(64)
 	v.Synced()
@@ -70,7 +71,8 @@ func TestLostWhileSealed(t *testing.T) {
 	c := v.client()
 	p := bytes.Repeat([]byte{0xa5}, 4096)
 	mustWrite(t, c, 0, 0xa5)
-	seal, _ := v.Seal()
+	seal, _, _ := v.Seal()
+	v.Sweep()
 	v.take(8)
 	v.flipAll(t, p)
 	if _, err := c.read(0, 4096); !errors.Is(err, syscall.EIO) {
@@ -140,7 +142,8 @@ func TestUnalignedOverSealed(t *testing.T) {
 	if err := c.write(0, bytes.Repeat([]byte{7}, 512)); err != nil {
 		t.Fatal(err)
 	}
-	seal, _ := v.Seal()
+	seal, _, _ := v.Seal()
+	v.Sweep()
 	v.take(8)
 	if err := c.write(1000, []byte{1, 2, 3}); err != nil {
 		t.Fatal(err)

@@ -222,8 +222,10 @@ func TestCommitLevels(t *testing.T) {
 	p := bytes.Repeat([]byte{3}, 4096)
 	ended := make(chan error, 3)
 	go func() { ended <- writer.write(0, p) }()
-	for !v.Pressed() {
-		time.Sleep(time.Millisecond)
+	for wait := time.Now(); !v.PressedToCommit(); time.Sleep(time.Millisecond) {
+		if time.Since(wait) > 5*time.Second {
+			t.Fatal("a write that promises a commit waits for none")
+		}
 	}
 	go func() {
 		_, err := reader.read(0, 4096)

@@ -8,7 +8,8 @@ import "os"
 // torn-slot (a write of one resident block fills the published slot in place), clear-early (what a write supersedes is
 // cleared before the write counts as issued), publish-early (the number counts as issued before all of its slots have
 // it), drain-skips (the flusher is not given every block), stale-fill (a fill that came too late is taken),
-// blind-checksum (blocks are not verified).
+// blind-checksum (blocks are not verified), commit-skips (a commit leaves blocks out), home-before-commit (blocks of the open
+// epoch go home), ack-before-commit (writes that promise a commit do not wait for it), unsafe-read (reads do not either).
 func planted(name string) bool { return os.Getenv("RAMSHELF_PLANT") == name }
 
 // CrashPoint is called between two stores to the memory file, where a process may die.

@@ -58,7 +58,7 @@ func (c *Cache) publish(op *Op) publishResult {
 	c.releaseAll(dropped)
 	op.spare, op.slots, op.number = dropped[:0], op.slots[:0], number
 	c.unreserve(op)
-	if (c.commits.Load() || op.FUA && c.flushCommits) && c.park(op) {
+	if (c.commits.Load() || op.FUA && c.flushCommits) && !planted("ack-before-commit") && c.park(op) {
 		return published
 	}
 	op.end(0)
@@ -126,8 +126,8 @@ func (c *Cache) number(s uint32, number uint64) {
 	crashPoint()
 }
 
-// show makes slot s the newest version of its block. The version before stays if the commit under way needs it; otherwise
-// it is dropped. Callers hold pub.
+// show makes slot s the newest version of its block. The version before stays if a commit or the way home needs it;
+// otherwise it is dropped. Callers hold pub.
 func (c *Cache) show(block uint64, s uint32, dropped []uint32) []uint32 {
 	sh := c.shardOf(block)
 	sh.mu.Lock()
@@ -149,7 +149,7 @@ func (c *Cache) show(block uint64, s uint32, dropped []uint32) []uint32 {
 	}
 	c.state[s].Or(standing)
 	m := c.meta(old)
-	if m.dirty != 0 && c.isSealed(c.arena.Headers[old].Number.Load()) {
+	if m.dirty != 0 && c.kept(c.arena.Headers[old].Number.Load()) {
 		return dropped
 	}
 	if m.dirty != 0 {
@@ -158,15 +158,19 @@ func (c *Cache) show(block uint64, s uint32, dropped []uint32) []uint32 {
 	return append(dropped, c.drop(sh, block, old))
 }
 
-// isSealed tells whether the commit under way covers a dirty version. Callers hold pub.
-func (c *Cache) isSealed(number uint64) bool { return c.sealing && number <= c.seal }
+// kept tells whether a dirty version has to stay although a newer one is there: it belongs to a seal, which is not committed
+// yet or whose blocks are not home. Callers hold pub.
+func (c *Cache) kept(number uint64) bool { return number <= c.seal }
+
+// isSealed tells whether the commit under way covers a number. Callers hold pub.
+func (c *Cache) isSealed(number uint64) bool { return number <= c.seal && number > c.committed.Load() }
 
 // mustWait tells whether op has to wait for a commit. Callers hold pub.
 func (c *Cache) mustWait(op *Op) bool {
 	if op.kind == kindRead {
 		return op.number > c.safe.Load()
 	}
-	return op.number > c.committed
+	return op.number > c.committed.Load()
 }
 
 // park puts op on the list of those who wait for a commit. It reports false where there is nothing to wait for any more.

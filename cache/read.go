@@ -92,7 +92,7 @@ func (c *Cache) finishRead(op *Op) {
 		}
 		return
 	}
-	if op.number > c.safe.Load() && c.park(op) {
+	if op.number > c.safe.Load() && !planted("unsafe-read") && c.park(op) {
 		return
 	}
 	op.end(0)
@@ -101,6 +101,9 @@ func (c *Cache) finishRead(op *Op) {
 // dropCorrupt takes a version whose checksum fails out of the cache if home has the same, and marks it lost if not.
 // It reports whether a new look may find good data.
 func (c *Cache) dropCorrupt(block uint64, r ref) bool {
+	if m := c.meta(r.slot); m.dirty != 0 && !m.lost && c.repaired(r.slot, r.number) {
+		return true
+	}
 	c.pub.Lock()
 	defer c.pub.Unlock()
 	sh := c.shardOf(block)
@@ -113,6 +116,9 @@ func (c *Cache) dropCorrupt(block uint64, r ref) bool {
 	if m.lost {
 		return false
 	}
+	if c.intact(r.slot, r.number) {
+		return true // repaired meanwhile
+	}
 	c.stats.corrupt.Add(1)
 	c.log.Error("block failed its checksum", "block", block, "number", r.number, "dirty", m.dirty != 0)
 	if m.dirty == 0 {
@@ -123,12 +129,12 @@ func (c *Cache) dropCorrupt(block uint64, r ref) bool {
 	return false
 }
 
-// lose marks a dirty version as lost: it answers EIO until it is rewritten, and is never written home.
+// lose marks a dirty version as lost: it answers EIO until it is rewritten, and is never written home. The commit of its
+// epoch records it; what walks a set skips it. Callers hold pub.
 func (c *Cache) lose(s uint32) {
-	m := c.meta(s)
-	c.redirty(s, m.dirty, true)
-	c.open.remove(s) // where it is in the open epoch; a pass skips what is lost
-	c.stats.lost.Add(1)
+	c.redirty(s, c.meta(s).dirty, true)
+	c.open.remove(s)
+	c.lost[s] = struct{}{}
 }
 
 // need is the sectors that a read or the edge of a write wants of block i of op.

@@ -10,12 +10,12 @@ import (
 // restore makes the index again from the headers that the process before left. For each block the highest number that was
 // issued whole holds; what is above "published" was never answered and counts as never issued.
 func (c *Cache) restore() {
-	published := max(numberFilled, c.arena.Published())
+	published := max(numberFilled, c.arena.Published(), c.seal)
 	c.arena.SetPublished(published)
 	c.restoreZeroes(published)
 	c.restoreSlots(published)
 	c.freeRest()
-	if c.open.n > 0 || c.zeroes.used() > 0 {
+	if c.dirtySlots() > 0 || c.zeroes.used() > 0 {
 		c.lastWrite = c.arena.Published()
 		c.opened()
 	}
@@ -45,6 +45,11 @@ func (c *Cache) restoreZeroes(published uint64) {
 	slices.SortFunc(found, func(a, b extent) int { return cmp.Compare(a.number, b.number) })
 	for _, e := range found {
 		z.segments = overlay(z.segments, segment(e))
+		if e.number <= c.seal {
+			z.committed = append(z.committed[:0], z.segments...)
+		} else {
+			z.open++
+		}
 	}
 	z.live.Store(int32(len(z.segments)))
 }
@@ -62,12 +67,21 @@ func (c *Cache) restoreSlots(published uint64) {
 			c.restoreDamaged(s, m)
 			continue
 		}
-		if number > published || m.block >= blocks || c.zeroes.covering(m.block) > number {
+		if number > published || m.block >= blocks || c.restoreCovered(m, number) {
 			h.Number.Store(0)
 			continue
 		}
 		c.restoreSlot(s, m, number)
 	}
+}
+
+// restoreCovered tells whether an extent supersedes a version for good. One that is not committed does not supersede what is:
+// without the memory the version counts.
+func (c *Cache) restoreCovered(m meta, number uint64) bool {
+	if m.dirty != 0 && number <= c.seal {
+		return coveringIn(c.zeroes.committed, m.block) > number
+	}
+	return c.zeroes.covering(m.block) > number
 }
 
 // restoreDamaged deals with a slot of which nobody knows any more which block it holds. A clean one is freed; a dirty one stays as it
@@ -79,26 +93,44 @@ func (c *Cache) restoreDamaged(s uint32, m meta) {
 		return
 	}
 	c.log.Error("slot with a damaged header holds a write that is lost", "slot", s, "number", c.arena.Headers[s].Number.Load())
-	c.stats.lost.Add(1)
+	c.stats.damaged.Add(1)
 }
 
 // restoreSlot enters a slot unless a better version of its block is there: a newer one, or the same one with more sectors.
+// Of a block that is not home two versions may hold: the newest committed one, which the journal has, and the newest.
 func (c *Cache) restoreSlot(s uint32, m meta, number uint64) {
 	sh := c.shardOf(m.block)
-	if old := c.newest(sh, m.block); old != noSlot {
+	after := noSlot // the newer version that s comes behind
+	for old := c.newest(sh, m.block); old != noSlot; {
+		next := c.older(old, m.block)
 		other := c.arena.Headers[old].Number.Load()
-		if other > number || other == number && c.meta(old).valid == allValid {
+		have := c.meta(old)
+		same := other == number
+		switch {
+		case same && have.valid == allValid, other > number && (other <= c.seal || number > c.seal || m.dirty == 0):
 			c.arena.Headers[s].Number.Store(0)
 			return
+		case other > number:
+			after = old
+		case same, number <= c.seal || other > c.seal || have.dirty == 0:
+			c.open.remove(old)
+			c.home.remove(old)
+			c.drop(sh, m.block, old) // freeRest puts it on its free list
 		}
-		c.open.remove(old)
-		c.drop(sh, m.block, old) // freeRest puts it on its free list
+		old = next
 	}
-	c.insert(sh, m.block, s)
+	if after == noSlot {
+		c.insert(sh, m.block, s)
+	} else {
+		c.next[s], c.next[after] = c.next[after], s+1
+	}
 	c.state[s].Store(stateMain)
-	if m.lost {
-		c.stats.lost.Add(1)
-	} else if m.dirty != 0 {
+	switch {
+	case m.lost:
+		c.lost[s] = struct{}{}
+	case m.dirty != 0 && number <= c.seal:
+		c.home.add(s)
+	case m.dirty != 0:
 		c.open.add(s)
 	}
 }
@@ -116,11 +148,32 @@ func (c *Cache) freeRest() {
 	}
 }
 
+// Lose records a block of which a recovery found that its content is lost, as version number, which is committed: it answers
+// EIO until it is written again. It reports false where there is no slot for it. It comes before any operation.
+func (c *Cache) Lose(block, number uint64) bool {
+	slots, ok := c.reserve(nil, 1)
+	if !ok {
+		return false
+	}
+	c.pub.Lock()
+	defer c.pub.Unlock()
+	s := slots[0]
+	m := meta{block: block, valid: allValid, dirty: allValid, lost: true}
+	c.describe(s, m, number, 0)
+	c.arena.Headers[s].Number.Store(number)
+	sh := c.shardOf(block)
+	sh.mu.Lock()
+	c.insert(sh, block, s)
+	sh.mu.Unlock()
+	c.lost[s] = struct{}{}
+	return true
+}
+
 // Dirty tells whether the memory that the cache found at its start, or has now, holds anything that home has not.
 func (c *Cache) Dirty() bool {
 	c.pub.Lock()
 	defer c.pub.Unlock()
-	return c.open.n > 0 || c.sealedSlots.Load() > 0 || c.zeroes.used() > 0 || c.stats.lost.Load() > 0
+	return c.dirtySlots() > 0 || c.zeroes.used() > 0 || c.lostBlocks() > 0
 }
 
 // Holds tells whether a memory file holds anything that home has not, without making a cache of it.

@@ -1,326 +1,221 @@
 package cache
 
-import (
-	"slices"
-	"syscall"
-)
+import "syscall"
 
-// Version is a version of a block that belongs to the seal that is being committed.
+// Version is a version of a block that is lent to be written.
 type Version struct {
-	Number uint64 // of the block
-	Valid  uint8  // bit i: sector i is present
-	Dirty  uint8  // bit i: sector i is not yet home and synced; subset of Valid
-	Data   []byte // BlockBytes; does not change before Synced or Again
-}
-
-// sortSlots bounds how many sealed slots are sorted at once, and so the memory that a commit needs whatever its size.
-const sortSlots = 1 << 16
-
-// pass is the state of the one who commits; only the flusher's goroutine touches it.
-type pass struct {
-	sealed bitmap // not yet taken
-	taken  bitmap // given out since the last Synced or Again
-	from   uint64 // blocks before it were taken in this pass
-	sorted []keyed
-	zeroes []extent // given out since the last Synced or Again
-	zeroed bool     // the extents of the seal were given out in this pass
-	pinned []uint32 // by Bridge
-	lost   []uint32 // slots of the seal that were lost and still hold; those that do not at its end are dropped then
-}
-
-type keyed struct {
-	block uint64
-	slot  uint32
+	Number   uint64 // of the block
+	Sequence uint64 // of the version: its place in the order of everything
+	Sum      uint32 // CRC32C of all of Data; only Take tells it
+	Valid    uint8  // bit i: sector i is present
+	Dirty    uint8  // bit i: sector i is not yet home and synced; subset of Valid
+	Data     []byte // BlockBytes; does not change while it is lent
 }
 
 // Seal takes a number: everything that was published before it belongs to the seal. The seal before must have been
-// committed. It reports the bytes that are dirty in it.
-func (c *Cache) Seal() (seal uint64, dirtyBytes int64) {
+// committed. It reports the blocks of the seal in bytes, and whether anything was published since the seal before.
+func (c *Cache) Seal() (seal uint64, dirtyBytes int64, changed bool) {
 	c.pub.Lock()
+	changed = c.lastWrite > c.seal
 	seal = c.nextNumber()
 	c.arena.SetPublished(seal)
-	c.seal, c.sealing = seal, true
-	c.pass.sealed, c.open.bitmap = c.open.bitmap, c.pass.sealed
-	dirtyBytes = int64(c.pass.sealed.n) * BlockBytes
-	c.sealedSlots.Store(int64(c.pass.sealed.n))
+	c.seal = seal
+	c.sealed.exchange(&c.open.bitmap)
 	c.open.count.Store(0)
+	dirtyBytes = int64(c.sealed.n) * BlockBytes
 	c.waitSealed.join(c.waitOpen)
 	c.waitOpen = opList{}
 	c.waiting.Store(false)
 	c.sealedSince, c.openSince = c.openSince, 0
-	c.zeroes.mu.RLock()
-	c.zeroes.sealed = append(c.zeroes.sealed[:0], c.zeroes.segments...)
-	c.zeroes.mu.RUnlock()
+	c.zeroes.seal()
 	c.pub.Unlock()
-	c.restartPass()
+	c.take.restart()
 	c.writeQueue.kick()
-	return seal, dirtyBytes
+	return seal, dirtyBytes, changed
 }
 
-func (c *Cache) restartPass() {
-	c.pass.from, c.pass.sorted, c.pass.zeroed = 0, c.pass.sorted[:0], false
-}
-
-// Zeroes gives the extents of the seal that are not home yet, as ranges of bytes, oldest first. They go home before any block.
-func (c *Cache) Zeroes(give func(off, n int64)) {
-	p := &c.pass
-	if p.zeroed {
-		return
-	}
-	p.zeroed = true
+// NewZeroes gives the extents of the seal that no commit holds yet, oldest first.
+func (c *Cache) NewZeroes(give func(first, blocks, sequence uint64)) {
 	c.pub.Lock()
-	p.zeroes = c.zeroes.upTo(c.seal)
+	found := c.zeroes.between(c.committed.Load(), c.seal)
 	c.pub.Unlock()
-	for _, e := range p.zeroes {
-		give(int64(e.first)*BlockBytes, int64(e.end-e.first)*BlockBytes)
+	for _, e := range found {
+		give(e.first, e.end-e.first, e.number)
 	}
 }
 
-// Next fills dst with versions of the seal, ascending, each once per pass, and returns how many; 0 ends the pass. Each was
-// verified; one whose checksum fails is recorded as lost instead. What an extent of the seal supersedes is left out.
-func (c *Cache) Next(dst []Version) int {
-	p := &c.pass
+// Take fills dst with versions of the seal for its commit, ascending, each once, and returns how many; 0 ends the walk. Each
+// was verified; one whose checksum fails and that cannot be repaired is recorded as lost instead. What an extent of the
+// seal supersedes is left out. They are lent until Committed, or the next Retake.
+func (c *Cache) Take(dst []Version) int {
 	n := 0
 	for n < len(dst) {
-		if len(p.sorted) == 0 && !c.sortNext() {
+		given := c.take.next(c, &c.sealed.bitmap, len(dst)-n)
+		if len(given) == 0 {
 			break
 		}
-		k := p.sorted[0]
-		p.sorted = p.sorted[1:]
-		p.from = k.block + 1
-		if !p.sealed.remove(k.slot) {
-			continue
-		}
-		if planted("drain-skips") && k.block%64 == 17 {
-			p.taken.add(k.slot)
-			continue
-		}
-		p.taken.add(k.slot)
-		number := c.arena.Headers[k.slot].Number.Load()
-		m := c.meta(k.slot)
-		switch {
-		case m.lost || coveringIn(c.zeroes.sealed, k.block) > number:
-		case !c.intact(k.slot, number):
-			c.loseSealed(k.slot)
-		default:
-			dst[n] = Version{Number: k.block, Valid: m.valid, Dirty: m.dirty, Data: c.arena.Data(k.slot)}
+		for _, k := range given {
+			if planted("commit-skips") && k.block%64 == 17 {
+				continue
+			}
+			number, m := c.arena.Headers[k.slot].Number.Load(), c.meta(k.slot)
+			if m.lost || coveringIn(c.zeroes.sealed, k.block) > number {
+				continue
+			}
+			data := c.arena.Data(k.slot)
+			all := sum(data, allValid)
+			if !c.intactSum(k.slot, number, all) && !c.mend(k.slot, number) {
+				continue
+			}
+			dst[n] = Version{Number: k.block, Sequence: number, Sum: all, Valid: m.valid, Dirty: m.dirty, Data: data}
 			n++
 		}
 	}
-	c.earn(int64(n))
+	c.earnCommit(int64(n))
 	return n
 }
 
-func (c *Cache) loseSealed(s uint32) {
+// Retake starts the walk of Take again.
+func (c *Cache) Retake() { c.take.restart() }
+
+// LostBlocks gives the blocks that are lost as of the seal: what nobody can read until it is written again.
+func (c *Cache) LostBlocks(give func(block, sequence uint64)) {
+	type lostBlock struct{ block, number uint64 }
+	var found []lostBlock
 	c.pub.Lock()
-	defer c.pub.Unlock()
-	m := c.meta(s)
-	c.log.Error("block failed its checksum on the way home", "block", m.block)
-	c.stats.corrupt.Add(1)
-	c.redirty(s, m.dirty, true)
-	c.stats.lost.Add(1)
-}
-
-// sortNext sorts the lowest of the sealed slots that come next; false when none are left.
-func (c *Cache) sortNext() bool {
-	p := &c.pass
-	all := p.sorted[:0:cap(p.sorted)]
-	if cap(all) < sortSlots {
-		all = c.sortBuffer[:0]
+	for s := range c.lost {
+		block, number := c.meta(s).block, c.arena.Headers[s].Number.Load()
+		if number <= c.seal && c.placed(s) && coveringIn(c.zeroes.sealed, block) < number && !c.superseded(s, block, c.seal) {
+			found = append(found, lostBlock{block, number})
+		}
 	}
-	limit := ^uint64(0)
-	for s, ok := p.sealed.next(0); ok; s, ok = p.sealed.next(s + 1) {
-		block := c.arena.Headers[s].Block.Load() & blockMask
-		if block < p.from || block >= limit {
-			continue
-		}
-		if len(all) == cap(all) {
-			sortKeyed(all)
-			all = all[:len(all)/2]
-			limit = all[len(all)-1].block + 1
-			if block >= limit {
-				continue
-			}
-		}
-		all = append(all, keyed{block, s})
-	}
-	sortKeyed(all)
-	p.sorted = all
-	return len(all) > 0
-}
-
-func sortKeyed(k []keyed) {
-	slices.SortFunc(k, func(a, b keyed) int {
-		if a.block < b.block {
-			return -1
-		}
-		return 1
-	})
-}
-
-// Bridge gives consecutive resident blocks from number first on that are clean and whole, as long as there are any and dst
-// has room, and returns how many. They may be written between dirty ones to make one write of two.
-func (c *Cache) Bridge(first uint64, dst []Version) int {
-	for i := range dst {
-		block := first + uint64(i)
-		sh := c.shardOf(block)
-		sh.mu.Lock()
-		s := c.newest(sh, block)
-		ok := s != noSlot && c.clean(s) && c.meta(s).valid == allValid && c.zeroes.covering(block) == 0
-		number := uint64(0)
-		if ok {
-			number = c.arena.Headers[s].Number.Load()
-			c.state[s].Add(1)
-		}
-		sh.mu.Unlock()
-		if !ok {
-			return i
-		}
-		c.pass.pinned = append(c.pass.pinned, s)
-		if !c.intact(s, number) {
-			return i
-		}
-		dst[i] = Version{Number: block, Valid: allValid, Data: c.arena.Data(s)}
-	}
-	return len(dst)
-}
-
-// pubStep is how many slots turn clean under one hold of pub.
-const pubStep = 128
-
-// Synced says that all that Zeroes and Next gave since the last Synced or Again is home and synced: it turns clean.
-func (c *Cache) Synced() {
-	p := &c.pass
-	c.unpinBridges()
-	// Extents go first: while a newer block in the range of one is dirty, nothing depends on which of the two is found.
-	for _, e := range p.zeroes {
-		c.reap(e)
-		c.pub.Lock()
-		c.zeroes.remove(e.number)
-		c.pub.Unlock()
-	}
-	p.zeroes = p.zeroes[:0]
-	var dropped [pubStep]uint32
-	for p.taken.n > 0 {
-		gone := dropped[:0]
-		c.pub.Lock()
-		s, ok := p.taken.next(0)
-		for n := 0; ok && n < pubStep; n++ {
-			p.taken.remove(s)
-			gone = c.turnClean(s, gone)
-			s, ok = p.taken.next(s + 1)
-		}
-		c.sealedSlots.Store(int64(p.sealed.n + p.taken.n))
-		c.pub.Unlock()
-		c.releaseAll(gone)
-	}
-	c.sealedSlots.Store(int64(p.sealed.n))
-	c.fertile()
-	c.writeQueue.kick()
-	c.readQueue.kick()
-}
-
-// turnClean marks a version that is home and synced; one that was superseded meanwhile is dropped. Callers hold pub.
-func (c *Cache) turnClean(s uint32, gone []uint32) []uint32 {
-	m := c.meta(s)
-	sh := c.shardOf(m.block)
-	sh.mu.Lock()
-	defer sh.mu.Unlock()
-	newest := c.newest(sh, m.block) == s
-	if m.lost && (newest || !wellFormed(c.arena.Headers[s].Block.Load())) {
-		c.pass.lost = append(c.pass.lost, s)
-		return gone
-	}
-	c.redirty(s, 0, m.lost)
-	if !newest {
-		gone = append(gone, c.drop(sh, m.block, s))
-	}
-	return gone
-}
-
-// reap drops every version that an extent superseded, wherever the pass has it, so that the extent may be forgotten.
-func (c *Cache) reap(e extent) {
-	if e.end-e.first <= uint64(len(c.arena.Headers)) {
-		for block := e.first; block < e.end; block++ {
-			c.reapBlock(block, e.number)
-		}
-		return
-	}
-	for s := range c.arena.Headers {
-		h := &c.arena.Headers[s]
-		block := h.Block.Load() & blockMask
-		if n := h.Number.Load(); n != 0 && n < e.number && block >= e.first && block < e.end {
-			c.reapBlock(block, e.number)
-		}
+	c.pub.Unlock()
+	for _, l := range found {
+		give(l.block, l.number)
 	}
 }
 
-func (c *Cache) reapBlock(block, number uint64) {
+// placed tells whether the header of slot s still says which block it holds.
+func (c *Cache) placed(s uint32) bool { return wellFormed(c.arena.Headers[s].Block.Load()) }
+
+// superseded tells whether a newer version of the block of slot s, at most limit, is there. Callers hold pub or nothing.
+func (c *Cache) superseded(s uint32, block, limit uint64) bool {
 	sh := c.shardOf(block)
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	for s := c.newest(sh, block); s != noSlot; {
-		older := c.older(s, block)
-		if c.arena.Headers[s].Number.Load() < number {
-			c.pass.sealed.remove(s)
-			c.pass.taken.remove(s)
-			if freed := c.drop(sh, block, s); freed != noSlot {
-				c.release(freed)
-			}
+	return c.supersededLocked(sh, s, block, limit)
+}
+
+// supersededLocked is superseded for callers that hold the lock of the shard. A slot that is out of the index counts as
+// superseded.
+func (c *Cache) supersededLocked(sh *shard, s uint32, block, limit uint64) bool {
+	at := c.newest(sh, block)
+	for ; at != noSlot && at != s; at = c.older(at, block) {
+		if c.arena.Headers[at].Number.Load() <= limit {
+			return true
 		}
-		s = older
 	}
+	return at == noSlot
 }
 
-// Again says that what Zeroes and Next gave since the last Synced is not home for sure: all of it stays dirty, and the pass
-// starts again at the lowest block.
-func (c *Cache) Again() {
-	p := &c.pass
-	c.unpinBridges()
-	for s, ok := p.taken.next(0); ok; s, ok = p.taken.next(s + 1) {
-		p.taken.remove(s)
-		p.sealed.add(s)
+// mend repairs a version whose checksum fails from where it is written besides, or records it as lost. It reports whether
+// the data are good now.
+func (c *Cache) mend(s uint32, number uint64) bool {
+	if c.repaired(s, number) {
+		return true
 	}
-	p.zeroes = p.zeroes[:0]
-	c.restartPass()
+	c.pub.Lock()
+	defer c.pub.Unlock()
+	c.stats.corrupt.Add(1)
+	c.log.Error("block failed its checksum on its way out and is lost", "block", c.meta(s).block, "number", number)
+	c.lose(s)
+	return false
 }
 
-func (c *Cache) unpinBridges() {
-	for _, s := range c.pass.pinned {
-		c.unpin(s)
+// repaired looks for the data of a version elsewhere and puts them into its slot, if they have its checksum.
+func (c *Cache) repaired(s uint32, number uint64) bool {
+	m := c.meta(s)
+	if c.repair == nil || !c.placed(s) {
+		return false
 	}
-	c.pass.pinned = c.pass.pinned[:0]
+	found := make([]byte, BlockBytes) // rare: memory went bad
+	if !c.repair(m.block, number, found) || uint32(c.arena.Headers[s].Check.Load())^m.mix(number) != sum(found, m.valid) {
+		return false
+	}
+	copy(c.arena.Data(s), found)
+	c.stats.corrupt.Add(1)
+	c.stats.repaired.Add(1)
+	c.log.Warn("block failed its checksum and was repaired", "block", m.block, "number", number)
+	return true
 }
 
-// Committed says that the whole seal is home and synced. Those who waited for it are answered.
+// Committed says that the whole seal is committed. Those who waited for it are answered.
 func (c *Cache) Committed(seal uint64) {
 	c.pub.Lock()
-	c.sealing, c.committed, c.sealedSince = false, seal, 0
+	c.committed.Store(seal)
+	c.sealedSince = 0
 	if c.safe.Load() < seal {
 		c.safe.Store(seal)
 	}
 	done := c.waitSealed
 	c.waitSealed = opList{}
-	rewritten := c.dropLost()
+	if c.journaled {
+		c.zeroes.commit()
+	}
 	c.pub.Unlock()
-	c.releaseAll(rewritten)
 	c.readQueue.kick()
 	c.writeQueue.kick()
 	done.each(func(op *Op) { op.end(0) })
+	if c.journaled {
+		c.settle()
+	}
 }
 
-// dropLost drops the lost versions of the seal that were rewritten while it was committed. Callers hold pub.
-func (c *Cache) dropLost() (gone []uint32) {
-	for _, s := range c.pass.lost {
-		block := c.meta(s).block
-		sh := c.shardOf(block)
-		sh.mu.Lock()
-		if c.newest(sh, block) != s {
-			gone = append(gone, c.drop(sh, block, s))
+// pubStep is how many slots change their standing under one hold of pub.
+const pubStep = 128
+
+// settle gives the versions of a seal that was committed to the way home. What they supersede need not go there any more.
+func (c *Cache) settle() {
+	var dropped [2 * pubStep]uint32
+	for more := true; more; {
+		gone := dropped[:0]
+		c.pub.Lock()
+		s, ok := c.sealed.next(0)
+		for n := 0; ok && n < pubStep; n++ {
+			c.sealed.remove(s)
+			gone = c.settleSlot(s, gone)
+			s, ok = c.sealed.next(s + 1)
 		}
-		sh.mu.Unlock()
+		more = c.sealed.n > 0
+		c.pub.Unlock()
+		c.releaseAll(gone)
 	}
-	c.pass.lost = c.pass.lost[:0]
+	c.fertile()
+	c.writeQueue.kick()
+}
+
+// settleSlot gives one version to the way home. Callers hold pub.
+func (c *Cache) settleSlot(s uint32, gone []uint32) []uint32 {
+	m := c.meta(s)
+	if !c.placed(s) {
+		if !m.lost {
+			c.lose(s)
+		}
+		return gone
+	}
+	if !m.lost {
+		c.home.add(s)
+	}
+	sh := c.shardOf(m.block)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	for old := c.older(s, m.block); old != noSlot; {
+		next := c.older(old, m.block)
+		if c.home.remove(old) {
+			gone = append(gone, c.drop(sh, m.block, old))
+		}
+		old = next
+	}
 	return gone
 }
 
@@ -347,8 +242,25 @@ func (c *Cache) Failed(error) {
 	})
 }
 
-// Pressed tells whether the next seal should not wait: somebody waits for a commit, or memory is getting short.
-func (c *Cache) Pressed() bool {
-	return c.waiting.Load() || !c.writeQueue.empty() || !c.readQueue.empty() || c.open.count.Load() > c.openLimit/2 ||
-		c.zeroesUsed() > len(c.arena.Zeroes)/2
+// Refuse lets writes be answered EIO at once, or ends that: the backing does nothing any more, and nobody knows for how long.
+// Reads of what is resident go on.
+func (c *Cache) Refuse(on bool) {
+	c.refusing.Store(on)
+	c.writeQueue.kick()
+}
+
+// Commits changes when writes are answered from now on: only once they are committed, or at once. What was answered at once
+// before may be read on.
+func (c *Cache) Commits(on bool) {
+	c.pub.Lock()
+	defer c.pub.Unlock()
+	if c.commits.Load() == on {
+		return
+	}
+	c.commits.Store(on)
+	if on {
+		c.safe.Store(c.arena.Published())
+		return
+	}
+	c.safe.Store(^uint64(0))
 }

@@ -5,7 +5,7 @@ import "sync/atomic"
 type stats struct {
 	reads, readBytes, writes, writeBytes, zeroes, zeroBytes, flushes atomic.Uint64
 	hits, misses, waits, evicted, filledBytes, readErrors            atomic.Uint64
-	corrupt, lost, fillAt, scrubbed                                  atomic.Uint64
+	corrupt, repaired, damaged, fillAt, scrubbed                     atomic.Uint64
 }
 
 // Stats is what a cache holds and has done. Counters count from the start of the process.
@@ -17,6 +17,8 @@ type Stats struct {
 	ResidentBytes int64 // slots that hold a block
 
 	DirtyBytes           int64  // slots not yet home and synced
+	UncommittedBytes     int64  // the part of them that the loss of the memory would lose
+	LimitBytes           int64  // what may be uncommitted now
 	ZeroExtents          int    // zero extents not yet home and synced
 	UncommittedSinceNano int64  // when the oldest uncommitted write came; 0: there is none
 	Open, Committed      uint64 // numbers of the newest seal and of the newest committed one
@@ -24,7 +26,7 @@ type Stats struct {
 
 	Reads, ReadBytes, Writes, WriteBytes, Zeroes, ZeroBytes, Flushes uint64
 	Hits, Misses, Waits, Evicted, FilledBytes, ReadErrors            uint64
-	Corrupt, ScrubbedBytes                                           uint64
+	Corrupt, Repaired, ScrubbedBytes                                 uint64
 	Lost                                                             uint64 // blocks that are lost now
 }
 
@@ -41,21 +43,42 @@ func (c *Cache) Stats() Stats {
 		Zeroes: s.zeroes.Load(), ZeroBytes: s.zeroBytes.Load(), Flushes: s.flushes.Load(),
 		Hits: s.hits.Load(), Misses: s.misses.Load(), Waits: s.waits.Load(), Evicted: s.evicted.Load(),
 		FilledBytes: s.filledBytes.Load(), ReadErrors: s.readErrors.Load(),
-		Corrupt: s.corrupt.Load(), Lost: s.lost.Load(), ScrubbedBytes: s.scrubbed.Load(),
+		Corrupt: s.corrupt.Load(), Repaired: s.repaired.Load(), LimitBytes: c.commitLimit() * BlockBytes, ScrubbedBytes: s.scrubbed.Load(),
 	}
 	c.pub.Lock()
 	defer c.pub.Unlock()
-	out.DirtyBytes = (int64(c.open.n) + c.sealedSlots.Load()) * BlockBytes
+	out.DirtyBytes = c.dirtySlots() * BlockBytes
+	out.UncommittedBytes = int64(c.open.n+c.sealed.n) * BlockBytes
+	if !c.journaled {
+		out.UncommittedBytes = out.DirtyBytes
+	}
+	out.Lost = c.lostBlocks()
 	out.ZeroExtents = c.zeroes.used()
 	out.UncommittedSinceNano = c.openSince
 	if c.sealedSince != 0 {
 		out.UncommittedSinceNano = c.sealedSince
 	}
-	out.Open, out.Committed = c.seal, c.committed
+	out.Open, out.Committed = c.seal, c.committed.Load()
 	return out
+}
+
+// dirtySlots is how many slots are not home and synced. Callers hold pub.
+func (c *Cache) dirtySlots() int64 {
+	return int64(c.open.n+c.sealed.n+c.home.n) + c.passSlots.Load()
+}
+
+// lostBlocks is how many blocks are lost now: nothing that is committed has been written over them. Callers hold pub.
+func (c *Cache) lostBlocks() uint64 {
+	n := c.stats.damaged.Load()
+	for s := range c.lost {
+		if !c.superseded(s, c.meta(s).block, c.committed.Load()) || !c.placed(s) {
+			n++
+		}
+	}
+	return n
 }
 
 func (c *Cache) metadataBytes() int64 {
 	slots := int64(len(c.arena.Headers))
-	return slots*(24+4+4+4+2) + slots*3/8 + slots*4/ringShare
+	return slots*(24+4+4+4+2) + slots*5/8 + slots*4/ringShare
 }

@@ -8,10 +8,10 @@ import (
 // Abort follows. Where it reports false, Write takes the payload from op.Payload when there is room.
 func (c *Cache) Reserve(op *Op) bool {
 	op.reset(kindWrite)
-	return op.Len > 0 && c.writeQueue.empty() && c.tryReserve(op)
+	return op.Len > 0 && !c.refusing.Load() && c.writeQueue.empty() && c.tryReserve(op)
 }
 
-// tryReserve takes the slots of a write or zero, within the third of the memory that an open epoch may have, and those for
+// tryReserve takes the slots of a write or zero, within the bounds of what may be uncommitted and dirty, and those for
 // reading the sectors that it covers only in part.
 func (c *Cache) tryReserve(op *Op) bool {
 	n := op.blocks()
@@ -46,29 +46,6 @@ func (c *Cache) tryReserve(op *Op) bool {
 		}
 	}
 	return true
-}
-
-// admit counts n slots towards the open epoch. Above half of what that may have, writes go on at the pace at which the
-// flusher takes blocks home, a little faster while there is room: every block that it takes gives credit for the next.
-func (c *Cache) admit(n int64) bool {
-	filled := c.open.count.Load() + c.reserved.Add(n)
-	if filled <= c.openLimit/2 || filled == n {
-		return true // also a single request that is larger than the bound: it can wait for nothing
-	}
-	if filled <= c.openLimit && c.credit.Load() > 0 {
-		c.credit.Add(-n)
-		return true
-	}
-	c.reserved.Add(-n)
-	return false
-}
-
-// earn gives the writers credit for n blocks that went home: twice as many where the pacing begins, as many at the bound.
-func (c *Cache) earn(n int64) {
-	half := c.openLimit / 2
-	room := max(0, min(half, c.openLimit-c.open.count.Load()))
-	c.credit.Store(min(c.openLimit/8+1, c.credit.Load()+n+n*room/half))
-	c.writeQueue.kick()
 }
 
 // findEdges lists the blocks that op covers only in part: at most the first and the last.
@@ -126,6 +103,11 @@ func (c *Cache) Zero(op *Op) {
 
 // tryWrite starts a write or zero that waited in the queue. It reports false where there is still no room.
 func (c *Cache) tryWrite(op *Op) bool {
+	if c.refusing.Load() {
+		c.Abort(op)
+		op.end(syscall.EIO)
+		return true
+	}
 	if op.staged {
 		if op.kind == kindZero && c.zeroesFull() || c.barren.Load() && c.free.Load() < int64(op.nedges) {
 			return false

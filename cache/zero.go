@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"slices"
 	"sort"
 	"sync"
@@ -23,9 +24,11 @@ type zeroSet struct {
 	live     atomic.Int32  // len(segments), so that a look-up without extents takes no lock
 	removed  atomic.Uint64 // highest number that ever left the set
 
-	entries []arena.Zero // guarded by Cache.pub, like all below
-	unused  []uint32     // free entries
-	sealed  []segment    // the segments as they were at the seal
+	entries   []arena.Zero // guarded by Cache.pub, like all below
+	unused    []uint32     // free entries
+	sealed    []segment    // the segments as they were at the newest seal
+	committed []segment    // as they were at the newest committed seal
+	open      int          // entries above the newest seal
 }
 
 func newZeroSet(entries []arena.Zero) *zeroSet {
@@ -74,6 +77,17 @@ func (z *zeroSet) full() bool { return len(z.unused) == 0 }
 // used is the number of entries in use. Callers hold pub.
 func (z *zeroSet) used() int { return len(z.entries) - len(z.unused) }
 
+// seal remembers the extents that belong to a seal. Callers hold pub.
+func (z *zeroSet) seal() {
+	z.mu.RLock()
+	z.sealed = append(z.sealed[:0], z.segments...)
+	z.mu.RUnlock()
+	z.open = 0
+}
+
+// commit says that the newest seal is committed. Callers hold pub.
+func (z *zeroSet) commit() { z.committed = append(z.committed[:0], z.sealed...) }
+
 // store writes the entry of an extent; it counts only once "published" has reached its number. Callers hold pub.
 func (z *zeroSet) store(first, end, number uint64) {
 	i := z.unused[len(z.unused)-1]
@@ -84,6 +98,7 @@ func (z *zeroSet) store(first, end, number uint64) {
 	crashPoint()
 	e.Check.Store(zeroCheck(first, end-first, number))
 	e.Number.Store(number)
+	z.open++
 	crashPoint()
 }
 
@@ -131,6 +146,7 @@ func (z *zeroSet) prune(seal uint64) {
 	for i := range z.entries {
 		if n := z.entries[i].Number.Load(); n > seal && !shown[n] {
 			z.clear(uint32(i))
+			z.open--
 		}
 	}
 }
@@ -160,16 +176,19 @@ type extent struct {
 	first, end, number uint64
 }
 
-// upTo are the extents with numbers up to seal, oldest first. Callers hold pub.
-func (z *zeroSet) upTo(seal uint64) []extent {
+// between are the extents with numbers above after, up to seal, oldest first. Callers hold pub.
+func (z *zeroSet) between(after, seal uint64) []extent {
+	if z.used() == 0 {
+		return nil
+	}
 	var found []extent
 	for i := range z.entries {
 		e := &z.entries[i]
-		if n := e.Number.Load(); n != 0 && n <= seal {
+		if n := e.Number.Load(); n > after && n <= seal {
 			first := e.First.Load()
 			found = append(found, extent{first, first + e.Blocks.Load(), n})
 		}
 	}
-	slices.SortFunc(found, func(a, b extent) int { return int(int64(a.number - b.number)) })
+	slices.SortFunc(found, func(a, b extent) int { return cmp.Compare(a.number, b.number) })
 	return found
 }

@@ -34,9 +34,9 @@ func newEndlessSource(tb testing.TB, dirty []uint64) *endlessSource {
 	return &endlessSource{memory: memory, dirty: dirty}
 }
 
-func (s *endlessSource) Seal() (uint64, int64) {
+func (s *endlessSource) Seal() (uint64, int64, bool) {
 	s.next = 0
-	return 0, int64(len(s.dirty)) * flush.BlockBytes
+	return 0, int64(len(s.dirty)) * flush.BlockBytes, true
 }
 
 func (s *endlessSource) Next(dst []flush.Block) int {
@@ -58,7 +58,9 @@ func (s *endlessSource) Zeroes(dst []flush.Zero) []flush.Zero { return dst }
 func (s *endlessSource) Bridge(uint64, []flush.Block) int     { return 0 }
 func (s *endlessSource) Committed(uint64)                     {}
 func (s *endlessSource) Failed(error)                         {}
-func (s *endlessSource) Pressed() bool                        { return false }
+func (s *endlessSource) Sweep() bool                          { return true }
+func (s *endlessSource) Refuse(bool)                          {}
+func (s *endlessSource) PressedToCommit() bool                { return false }
 
 // every lists each step-th of n blocks.
 func every(step, n int) (dirty []uint64) {

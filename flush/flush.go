@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/ramshelf/ramshelf/flush/journal"
 )
 
 // Units of the data. They are part of the contract with the Source and equal the cache's.
@@ -21,25 +23,32 @@ const (
 
 // Block is a version of a block as the Source lends it.
 type Block struct {
-	Number uint64 // offset in bytes = Number * BlockBytes
-	Valid  uint8  // bit i: sector i is present in Data
-	Dirty  uint8  // bit i: sector i must be written; a subset of Valid
-	Data   []byte // BlockBytes bytes that never change; valid until Synced or Again
+	Number   uint64 // offset in bytes = Number * BlockBytes
+	Sequence uint64 // of the version; a journal keeps it
+	Sum      uint32 // CRC32C of all of Data, for a journal
+	Valid    uint8  // bit i: sector i is present in Data
+	Dirty    uint8  // bit i: sector i must be written; a subset of Valid
+	Data     []byte // BlockBytes bytes that do not change while they are lent
 }
 
 // Zero is a range to be zeroed at home: whole blocks, in bytes.
 type Zero struct{ Off, Bytes int64 }
 
-// Source is what the flusher sees of the cache. It is called from one goroutine, and none of its methods may
-// wait for the flusher.
+// Source is what the flusher sees of the cache. Without a journal it is called from one goroutine: a seal is committed by
+// being home. With one, Seal, Committed and the methods of Journaled are called from the goroutine of the commits, and
+// Sweep, Zeroes, Next, Bridge, Synced and Again from that of the way home. None may wait for the flusher.
 type Source interface {
 	// Seal ends the epoch: everything published before it belongs to the seal. It is called only when the
-	// previous seal ended in Committed. With nothing dirty it still takes a seal, with dirtyBytes 0.
-	Seal() (seal uint64, dirtyBytes int64)
-	// Zeroes appends to dst the extents of the seal that must be zeroed at home before the blocks. They are
-	// older than any block that Next gives in their range.
+	// previous seal ended in Committed. With nothing dirty it still takes a seal, with dirtyBytes 0. changed
+	// reports whether anything was published since the seal before.
+	Seal() (seal uint64, dirtyBytes int64, changed bool)
+	// Sweep begins the way home of what is committed; without a journal, of the seal. It reports whether
+	// there is anything to do.
+	Sweep() bool
+	// Zeroes appends to dst the extents that must be zeroed at home before the blocks. They are older than any
+	// block that Next gives in their range.
 	Zeroes(dst []Zero) []Zero
-	// Next fills dst with the next blocks of the sealed set, ascending by Number, each once per pass.
+	// Next fills dst with the next blocks of the sweep, ascending by Number, each once per pass.
 	// It returns how many; 0 ends the pass.
 	Next(dst []Block) int
 	// Bridge lends up to len(dst) consecutive blocks from number first that are resident, clean and fully
@@ -48,17 +57,40 @@ type Source interface {
 	// Synced says that everything given by Zeroes, Next and Bridge since the last Synced or Again is home
 	// and synced: it turns clean.
 	Synced()
-	// Again says that it is not: everything given since the last Synced goes back into the sealed set, and
-	// the pass begins again at the lowest block.
+	// Again says that it is not: everything given since the last Synced goes back into the sweep, and the
+	// pass begins again at the lowest block.
 	Again()
-	// Committed says that the whole seal is home and synced: its waiters are answered.
+	// Committed says that the whole seal is committed: its waiters are answered.
 	Committed(seal uint64)
 	// Failed says that the attempts have failed for good for those that must be told: they get err. What is
 	// dirty stays dirty and the flusher goes on trying.
 	Failed(err error)
-	// Pressed reports that memory is short or that somebody waits for a commit: the flusher does not wait
-	// for staleness. It is asked after every commit and after Wake, so whoever makes it true calls Wake.
-	Pressed() bool
+	// Refuse says that the backing has done nothing for so long that nobody is to wait for it, or that it does
+	// again.
+	Refuse(on bool)
+	// PressedToCommit reports that memory is short or that somebody waits for a commit: the flusher does not
+	// wait for staleness. It is asked after every commit and after Wake, so whoever makes it true calls Wake.
+	PressedToCommit() bool
+}
+
+// Journaled is what a Source must do besides where there is a journal.
+type Journaled interface {
+	// NewZeroes gives the extents of the seal that no commit holds yet, oldest first.
+	NewZeroes(give func(first, blocks, sequence uint64))
+	// Take fills dst with the next blocks of the seal, ascending, each once; 0 ends them.
+	Take(dst []Block) int
+	// Retake begins again at the lowest block.
+	Retake()
+	// LostBlocks gives the blocks that nobody can read any more as of the seal.
+	LostBlocks(give func(block, sequence uint64))
+	// PressedHome reports that memory or journal are short: the sweep does not wait. Whoever makes it true
+	// calls Wake.
+	PressedHome() bool
+	// Room says how many blocks of data the journal can take now, how many of its blocks are in use, and how
+	// many it has.
+	Room(blocks, used, total int64)
+	// Limit says how many bytes may be uncommitted.
+	Limit(bytes int64)
 }
 
 // Backing is where the data go: *os.File satisfies it. Optional abilities are found once, in New:
@@ -100,6 +132,8 @@ const (
 	DefaultBackoff     = 100 * time.Millisecond
 	DefaultMaxBackoff  = 5 * time.Second
 	DefaultSlowAfter   = 3 * time.Second
+	DefaultGiveUpAfter = 30 * time.Second
+	DefaultSweepAfter  = 30 * time.Second
 	MaxDepth           = 64
 	MaxBridgeBlocks    = 64
 	maxPieces          = 1024 // iovecs of one pwritev, IOV_MAX in Linux's include/uapi/linux/uio.h
@@ -124,6 +158,14 @@ type Options struct {
 	Backoff      time.Duration // wait after the first failed attempt; doubles up to MaxBackoff
 	MaxBackoff   time.Duration
 	SlowAfter    time.Duration // time without a completion after which the backing is slow
+	GiveUpAfter  time.Duration // time without a completion after which the Source refuses writes
+	// SweepAfter is how long a committed block may wait for its way home where nothing presses: a block that is rewritten
+	// all the time goes there once in that time.
+	SweepAfter time.Duration
+	Journal    *Journal // nil: a seal is committed by being home
+	// HoldUp is how long the power lasts: what is uncommitted is kept to what the journal can save in that time, by the
+	// first percentile of how fast it was. 0: no such bound.
+	HoldUp time.Duration
 
 	Log *slog.Logger // nil discards
 	// Event, if not nil, is called for every change of state, by one goroutine at a time. It must not wait
@@ -131,10 +173,20 @@ type Options struct {
 	Event func(Event)
 }
 
-// Flusher writes the seals of a Source home. Its methods are safe for concurrent use.
+// Journal is where seals are committed.
+type Journal struct {
+	Ring     *journal.Ring // belongs to the Flusher from Start on
+	Dev      Backing       // where the ring lies. Its asynchronous writes are reaped apart from those of the backing
+	SameDisk bool          // Dev leads to the same device as the backing: a failed sync of one is one of the other
+	// Generation is what the runs say of theirs.
+	Generation uint64
+	// Record is told where the ring has got to, before anybody is answered for it. It must not wait. Nil: nobody is.
+	Record func(journal.RingState)
+}
+
+// Flusher commits the seals of a Source and writes them home. Its methods are safe for concurrent use.
 type Flusher struct {
 	src Source
-	out output
 	o   Options
 	log *slog.Logger
 
@@ -144,8 +196,9 @@ type Flusher struct {
 	stopOnce sync.Once
 	started  atomic.Bool
 
-	sweep   sweep // owned by runLoop
-	writers writers
+	sweep    sweep // owned by the goroutine of the way home
+	homeLane lane
+	commits  *commits // nil without a journal
 
 	counters counters
 	health   health
@@ -167,14 +220,25 @@ func New(src Source, dev Backing, o Options) (*Flusher, error) {
 		return nil, err
 	}
 	f := &Flusher{
-		src: src, out: newOutput(dev), o: o, log: o.Log,
+		src: src, o: o, log: o.Log,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
-	if n := f.out.sector; n > BlockBytes || n&(n-1) != 0 {
+	d := new(disk)
+	f.health.f = f
+	f.homeLane.init(f, dev, d)
+	if n := f.homeLane.out.sector; n > BlockBytes || n&(n-1) != 0 {
 		return nil, fmt.Errorf("backing has sectors of %d bytes, the largest supported are %d", n, BlockBytes)
 	}
-	f.health.init(f)
-	f.writers.init(f)
+	if o.Journal != nil {
+		journaled, ok := src.(Journaled)
+		if !ok {
+			return nil, errors.New("the source knows no journal")
+		}
+		if !o.Journal.SameDisk {
+			d = new(disk)
+		}
+		f.commits = newCommits(f, journaled, o.Journal, d)
+	}
 	f.sweep.init(f)
 	return f, nil
 }
@@ -190,6 +254,8 @@ func (o *Options) complete() error {
 	setDefault(&o.Backoff, DefaultBackoff)
 	setDefault(&o.MaxBackoff, DefaultMaxBackoff)
 	setDefault(&o.SlowAfter, DefaultSlowAfter)
+	setDefault(&o.GiveUpAfter, DefaultGiveUpAfter)
+	setDefault(&o.SweepAfter, DefaultSweepAfter)
 	o.BridgeBlocks = max(o.BridgeBlocks, 0)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -206,7 +272,7 @@ func (o *Options) complete() error {
 		return fmt.Errorf("bridge of %d blocks is wider than %d", o.BridgeBlocks, MaxBridgeBlocks)
 	case o.FailAfter < 1:
 		return fmt.Errorf("failure after %d attempts is less than one attempt", o.FailAfter)
-	case o.Staleness < 0 || o.Backoff < 0 || o.MaxBackoff < o.Backoff || o.SlowAfter < 0:
+	case o.Staleness < 0 || o.Backoff < 0 || o.MaxBackoff < o.Backoff || o.SlowAfter < 0 || o.GiveUpAfter < 0 || o.SweepAfter < 0:
 		return fmt.Errorf("times must not be negative, nor the backoff %v above its maximum %v", o.Backoff, o.MaxBackoff)
 	}
 	return nil
@@ -225,15 +291,22 @@ func (f *Flusher) Start() {
 		panic("flush: Start called twice")
 	}
 	var wg sync.WaitGroup
-	for range f.o.Depth {
-		wg.Go(f.writers.runWriter)
+	loop := func(l *lane, run func()) {
+		for range f.o.Depth {
+			wg.Go(l.runWriter)
+		}
+		wg.Go(func() {
+			run()
+			l.close()
+		})
 	}
 	wg.Go(f.health.runWatch)
-	wg.Go(func() {
-		f.runLoop()
-		f.writers.close()
-		f.health.close()
-	})
+	if f.commits == nil {
+		loop(&f.homeLane, f.runDirect)
+	} else {
+		loop(&f.commits.lane, f.commits.run)
+		loop(&f.homeLane, f.runHome)
+	}
 	go func() {
 		wg.Wait()
 		f.waiting.finish(ErrStopped)
@@ -244,8 +317,16 @@ func (f *Flusher) Start() {
 // Wake asks for a seal now instead of after Staleness. It never waits and costs next to nothing while an
 // earlier wish is open.
 func (f *Flusher) Wake() {
+	signal(f.wake)
+	if f.commits != nil {
+		signal(f.commits.wakeHome)
+	}
+}
+
+// signal leaves one wish in a channel of length 1.
+func signal(c chan struct{}) {
 	select {
-	case f.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -254,7 +335,12 @@ func (f *Flusher) Wake() {
 // returns the error of the backing when Options.FailAfter consecutive attempts have failed; what is dirty
 // stays so and is tried again.
 func (f *Flusher) Flush(ctx context.Context) error {
-	return f.waiting.wait(ctx, f.Wake)
+	return f.waiting.wait(ctx, f.Wake, false)
+}
+
+// Commit is Flush that returns as soon as everything is committed.
+func (f *Flusher) Commit(ctx context.Context) error {
+	return f.waiting.wait(ctx, f.Wake, true)
 }
 
 // Drain is Flush that goes on through failures of the backing, until ctx ends.
@@ -288,6 +374,7 @@ func (f *Flusher) Stop(ctx context.Context) error {
 	}
 }
 
+// stopping reports whether Stop was called.
 func (f *Flusher) stopping() bool {
 	select {
 	case <-f.stop:

@@ -346,7 +346,7 @@ func (s *modelSource) problem(format string, args ...any) {
 	s.backing.problem(format, args...)
 }
 
-func (s *modelSource) Seal() (uint64, int64) {
+func (s *modelSource) Seal() (uint64, int64, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.seals != s.committed || len(s.sealed)+len(s.zeroes)+len(s.given) > 0 {
@@ -355,8 +355,16 @@ func (s *modelSource) Seal() (uint64, int64) {
 	s.seals++
 	s.sealed, s.open = s.open, map[uint64]*modelVersion{}
 	s.zeroes, s.openZeroes = s.openZeroes, nil
-	return s.seals, int64(len(s.sealed)) * BlockBytes
+	return s.seals, int64(len(s.sealed)) * BlockBytes, len(s.sealed)+len(s.zeroes) > 0
 }
+
+func (s *modelSource) Sweep() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.sealed)+len(s.zeroes) > 0
+}
+
+func (s *modelSource) Refuse(bool) {}
 
 func (s *modelSource) Zeroes(dst []Zero) []Zero {
 	s.mu.Lock()
@@ -507,7 +515,7 @@ func (s *modelSource) Failed(err error) {
 	}
 }
 
-func (s *modelSource) Pressed() bool {
+func (s *modelSource) PressedToCommit() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.pressed

@@ -2,6 +2,7 @@ package flush
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -14,8 +15,8 @@ import (
 //
 //	ok ──► slow    an operation is in flight and none has completed for SlowAfter
 //	slow ─► ok     one has completed
-//	any ─► failed  an attempt to bring a seal home has failed
-//	failed ─► ok   an attempt has succeeded
+//	any ─► failed  an attempt to commit or to bring something home has failed, or nothing has completed for GiveUpAfter
+//	failed ─► ok   attempts succeed again
 type State uint8
 
 // The states of a backing.
@@ -44,67 +45,94 @@ type Event struct {
 	Err      error // why, when To is StateFailed
 }
 
-// health keeps the state of the backing. begin, end and progressed are called around every operation.
-type health struct {
-	o       *Options
-	base    time.Time // times below are nanoseconds since base, on the monotonic clock
-	stopped chan struct{}
-
+// progress is what one lane has in flight. begin, end and completed are called around every operation.
+type progress struct {
+	base        time.Time    // at is nanoseconds since base, on the monotonic clock
 	outstanding atomic.Int32 // operations in flight
-	progress    atomic.Int64 // time of the last completion, or of the first start after none was in flight
-
-	state    atomic.Uint32         // State
-	err      atomic.Pointer[error] // last error, nil in StateOK and StateSlow
-	attempts atomic.Int64          // consecutive failed attempts
-	mu       sync.Mutex            // held by become, so that changes are logged and emitted in order
+	at          atomic.Int64 // time of the last completion, or of the first start after none was in flight
+	attempts    atomic.Int64 // consecutive failed attempts
 }
 
-func (h *health) init(f *Flusher) {
-	h.o = &f.o
-	h.base = time.Now()
-	h.stopped = make(chan struct{})
-}
-
-func (h *health) close() { close(h.stopped) }
-
-func (h *health) begin() {
-	if h.outstanding.Add(1) == 1 {
-		h.progressed()
+func (p *progress) begin() {
+	if p.outstanding.Add(1) == 1 {
+		p.completed()
 	}
 }
 
-func (h *health) progressed() { h.progress.Store(int64(time.Since(h.base))) }
+func (p *progress) completed() { p.at.Store(int64(time.Since(p.base))) }
 
-func (h *health) end() {
-	h.progressed()
-	h.outstanding.Add(-1)
+func (p *progress) end() {
+	p.completed()
+	p.outstanding.Add(-1)
 }
 
 // stalled is how long nothing has completed although an operation is in flight.
-func (h *health) stalled() time.Duration {
-	if h.outstanding.Load() == 0 {
+func (p *progress) stalled() time.Duration {
+	if p.outstanding.Load() == 0 {
 		return 0
 	}
-	return time.Since(h.base) - time.Duration(h.progress.Load())
+	return time.Since(p.base) - time.Duration(p.at.Load())
 }
 
+// health keeps the state of the backing: that of the lane that is worst off.
+type health struct {
+	f     *Flusher
+	lanes []*progress
+
+	state atomic.Uint32         // State
+	err   atomic.Pointer[error] // last error, nil in StateOK and StateSlow
+	hung  bool                  // the source refuses writes; belongs to runWatch
+	mu    sync.Mutex            // held by become, so that changes are logged and emitted in order
+}
+
+func (h *health) stalled() (longest time.Duration) {
+	for _, p := range h.lanes {
+		longest = max(longest, p.stalled())
+	}
+	return longest
+}
+
+func (h *health) attempts() (most int64) {
+	for _, p := range h.lanes {
+		most = max(most, p.attempts.Load())
+	}
+	return most
+}
+
+// errHung: the backing does nothing any more.
+var errHung = errors.New("no operation of the backing has ended for a long time")
+
 // runWatch looks whether operations complete. It only looks: an operation that hangs is never given up,
-// since a second one for its range could be overtaken by it.
+// since a second one for its range could be overtaken by it. But nobody is left waiting for it for ever.
 func (h *health) runWatch() {
-	ticker := time.NewTicker(max(h.o.SlowAfter/4, time.Millisecond))
+	o := &h.f.o
+	ticker := time.NewTicker(max(min(o.SlowAfter, o.GiveUpAfter)/4, time.Millisecond))
 	defer ticker.Stop()
 	for {
 		select {
-		case <-h.stopped:
+		case <-h.f.stop:
 			return
 		case <-ticker.C:
 		}
-		slow := h.stalled() >= h.o.SlowAfter
+		stalled := h.stalled()
+		if stalled >= o.GiveUpAfter {
+			h.become(func(State) State { return StateFailed }, errHung)
+			h.hung = true
+			h.f.src.Refuse(true)
+			h.f.src.Failed(errHung)
+			h.f.waiting.fail(errHung)
+			continue
+		}
+		if h.hung {
+			h.hung = false
+			h.f.src.Refuse(false)
+			h.settle()
+		}
 		h.become(func(now State) State {
 			switch {
-			case now == StateOK && slow:
+			case now == StateOK && stalled >= o.SlowAfter:
 				return StateSlow
-			case now == StateSlow && !slow:
+			case now == StateSlow && stalled < o.SlowAfter:
 				return StateOK
 			}
 			return now
@@ -112,14 +140,24 @@ func (h *health) runWatch() {
 	}
 }
 
-func (h *health) attemptFailed(attempts int, err error) {
-	h.attempts.Store(int64(attempts))
+func (h *health) attemptFailed(p *progress, attempts int, err error) {
+	p.attempts.Store(int64(attempts))
 	h.become(func(State) State { return StateFailed }, err)
 }
 
-func (h *health) attemptDone() {
-	h.attempts.Store(0)
-	h.become(func(State) State { return StateOK }, nil)
+func (h *health) attemptDone(p *progress) {
+	p.attempts.Store(0)
+	h.settle()
+}
+
+// settle makes the state ok where no lane fails.
+func (h *health) settle() {
+	h.become(func(now State) State {
+		if h.attempts() > 0 || h.stalled() >= h.f.o.GiveUpAfter {
+			return now
+		}
+		return StateOK
+	}, nil)
 }
 
 // become is the one place where the state changes: to what next makes of it. It logs and emits the change.
@@ -139,8 +177,8 @@ func (h *health) become(next func(State) State, err error) {
 	}
 	h.state.Store(uint32(to))
 	h.log(from, to, err)
-	if h.o.Event != nil {
-		h.o.Event(Event{From: from, To: to, Err: err})
+	if h.f.o.Event != nil {
+		h.f.o.Event(Event{From: from, To: to, Err: err})
 	}
 }
 
@@ -154,7 +192,7 @@ func (h *health) log(from, to State, err error) {
 		level = slog.LevelError
 		attrs = append(attrs, slog.Any("err", err))
 	}
-	h.o.Log.LogAttrs(context.Background(), level, "backing changed state", attrs...)
+	h.f.o.Log.LogAttrs(context.Background(), level, "backing changed state", attrs...)
 }
 
 // counters are updated without locks and read at any time.
@@ -204,16 +242,20 @@ type Status struct {
 	Syncs         uint64
 	Errors        uint64 // failed operations
 
-	LastCommit          time.Duration // from the last committed seal to its end
-	SweepBytesPerSecond float64       // of the last pass that wrote something, syncs included
+	LastCommit                                  time.Duration // from the last committed seal to its end
+	JournalBytes                                uint64        // written into the journal, headers included
+	JournalUsedBytes                            int64         // of the ring
+	JournalSizeBytes                            int64
+	CommitBytesPerSecond, SlowestBytesPerSecond float64 // median and first percentile of the last large commits; 0: there was none
+	SweepBytesPerSecond                         float64 // of the last pass that wrote something, syncs included
 }
 
-// Status returns the counters and the state. It takes no lock.
+// Status returns the counters and the state. It waits for nothing.
 func (f *Flusher) Status() Status {
 	c, h := &f.counters, &f.health
 	s := Status{
 		State:               State(h.state.Load()),
-		FailedAttempts:      int(h.attempts.Load()),
+		FailedAttempts:      int(h.attempts()),
 		Stalled:             h.stalled(),
 		Seals:               c.seals.Load(),
 		CommittedSeal:       c.committedSeal.Load(),
@@ -230,30 +272,45 @@ func (f *Flusher) Status() Status {
 	if err := h.err.Load(); err != nil {
 		s.Err = *err
 	}
+	if j := f.commits; j != nil {
+		st := j.state()
+		s.JournalBytes = j.lane.bytes.Load()
+		s.JournalUsedBytes = int64(st.Head-st.Tail) * BlockBytes
+		s.JournalSizeBytes = int64(j.ring.Blocks()) * BlockBytes
+		s.CommitBytesPerSecond, s.SlowestBytesPerSecond = j.rate.median(), j.rate.lowest()
+	}
 	return s
 }
 
-// waiting lets callers of Flush wait for a seal that was taken after they came. Callers are numbered; a seal
+// waiting lets callers of Flush and Commit wait for a seal that was taken after they came. Callers are numbered; a seal
 // covers all that came before it.
 type waiting struct {
-	mu       sync.Mutex // protects all of it
-	came     uint64     // number of the last caller
-	sealed   uint64     // callers up to here are covered by the seal being brought home
-	done     uint64     // callers up to here are answered
-	failures uint64     // attempts that failed for good
-	err      error      // the last of them
-	ended    error      // not nil: nobody will be answered any more
-	changed  chan struct{}
+	mu        sync.Mutex // protects all of it
+	came      uint64     // number of the last caller
+	wants     uint64     // of the last caller who waits for the way home
+	sealed    uint64     // callers up to here are covered by the seal being committed
+	committed uint64     // callers up to here are covered by a committed seal
+	sweeping  uint64     // by the sweep under way
+	done      uint64     // by one that ended
+	failures  uint64     // attempts that failed for good
+	err       error      // the last of them
+	ended     error      // not nil: nobody will be answered any more
+	changed   chan struct{}
 }
 
-func (w *waiting) wait(ctx context.Context, wake func()) error {
+// wait waits until what was published before is committed, or home.
+func (w *waiting) wait(ctx context.Context, wake func(), commit bool) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.came++
 	me, failures := w.came, w.failures
+	reached := &w.committed
+	if !commit {
+		w.wants, reached = me, &w.done
+	}
 	for first := true; ; first = false {
 		switch {
-		case w.done >= me:
+		case *reached >= me:
 			return nil
 		case w.failures > failures:
 			return w.err
@@ -273,16 +330,28 @@ func (w *waiting) wait(ctx context.Context, wake func()) error {
 		case <-ctx.Done():
 		}
 		w.mu.Lock()
-		if w.done < me && ctx.Err() != nil {
+		if *reached < me && ctx.Err() != nil {
 			return fmt.Errorf("wait for flush: %w", context.Cause(ctx))
 		}
 	}
 }
 
+// wantsHome reports whether somebody waits for the way home of what is committed.
+func (w *waiting) wantsHome() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return min(w.wants, w.committed) > w.done
+}
+
 // seal is called before a seal is taken.
 func (w *waiting) seal() { w.update(func() { w.sealed = w.came }) }
 
-func (w *waiting) commit() { w.update(func() { w.done = w.sealed }) }
+func (w *waiting) commit() { w.update(func() { w.committed = w.sealed }) }
+
+// sweep is called before a sweep begins.
+func (w *waiting) sweep() { w.update(func() { w.sweeping = w.committed }) }
+
+func (w *waiting) home() { w.update(func() { w.done = w.sweeping }) }
 
 func (w *waiting) fail(err error) { w.update(func() { w.failures++; w.err = err }) }
 

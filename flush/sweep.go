@@ -1,9 +1,6 @@
 package flush
 
-import (
-	"errors"
-	"time"
-)
+import "time"
 
 // zeroBytes is the longest range zeroed by one operation of a backing that can: short enough that a stop is
 // noticed, long enough that an extent is few operations.
@@ -12,7 +9,7 @@ const zeroBytes = 1 << 30
 // nextBlocks is how many blocks are asked of the Source at a time.
 const nextBlocks = 256
 
-// sweep is the state of one pass over the sealed set. It belongs to runLoop.
+// sweep is the state of one pass over what goes home. It belongs to the goroutine of the way home.
 type sweep struct {
 	f       *Flusher
 	window  window
@@ -32,87 +29,14 @@ func (s *sweep) init(f *Flusher) {
 	s.scratch = make([]piece, 0, BlockBytes/SectorBytes)
 }
 
-// runLoop takes one seal after another and brings each home.
-func (f *Flusher) runLoop() {
-	timer := time.NewTimer(f.o.Staleness)
-	defer timer.Stop()
-	sealed := time.Now()
-	moved := false
-	for {
-		// A Source that stays pressed although a seal found nothing dirty is not asked again at once.
-		if !moved || !f.src.Pressed() {
-			timer.Reset(max(0, f.o.Staleness-time.Since(sealed)))
-			select {
-			case <-f.stop:
-			case <-f.wake:
-			case <-timer.C:
-			}
-		}
-		if f.stopping() {
-			return
-		}
-		select { // the seal that follows fulfills a wish made until here
-		case <-f.wake:
-		default:
-		}
-		sealed = time.Now()
-		moved = f.commit(sealed)
-	}
-}
-
-// commit takes a seal and brings it home, however many attempts that takes. It reports whether there was
-// anything to do; it ends early only by Stop.
-func (f *Flusher) commit(begin time.Time) (moved bool) {
-	f.waiting.seal()
-	seal, dirtyBytes := f.src.Seal()
-	f.counters.seals.Add(1)
-	backoff := f.o.Backoff
-	for attempt := 1; ; attempt++ {
-		m, err := f.pass()
-		moved = moved || m || dirtyBytes > 0
-		if err == nil {
-			break
-		}
-		f.src.Again()
-		if errors.Is(err, ErrStopped) {
-			return moved
-		}
-		f.health.attemptFailed(attempt, err)
-		if attempt >= f.o.FailAfter {
-			f.src.Failed(err)
-			f.waiting.fail(err)
-		}
-		if !f.pause(backoff) {
-			return moved
-		}
-		backoff = min(2*backoff, f.o.MaxBackoff)
-	}
-	f.health.attemptDone()
-	f.counters.committed(seal, time.Since(begin))
-	f.src.Committed(seal)
-	f.waiting.commit()
-	return moved
-}
-
-// pause waits for d. It reports false when the flusher stops meanwhile.
-func (f *Flusher) pause(d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-f.stop:
-		return false
-	}
-}
-
-// pass writes the sealed set home once: the zeroes, then the blocks, with a sync after every SyncBytes and at
+// pass writes what goes home once: the zeroes, then the blocks, with a sync after every SyncBytes and at
 // the end. When it returns no operation is in flight. It reports whether there was anything to write; after
 // an error the caller gives everything back by Again.
 func (f *Flusher) pass() (moved bool, err error) {
 	s := &f.sweep
 	s.reset()
-	begin, before := time.Now(), f.counters.writtenBytes.Load()
+	f.homeLane.begins()
+	begin, before := time.Now(), f.homeLane.bytes.Load()
 	pending, err := s.zero()
 	moved = pending
 	for err == nil && !s.ended {
@@ -122,7 +46,7 @@ func (f *Flusher) pass() (moved bool, err error) {
 			pending, moved = false, true
 		}
 	}
-	f.counters.swept(f.counters.writtenBytes.Load()-before, time.Since(begin))
+	f.counters.swept(f.homeLane.bytes.Load()-before, time.Since(begin))
 	return moved, err
 }
 
@@ -137,19 +61,19 @@ func (s *sweep) zero() (moved bool, err error) {
 	f := s.f
 	s.zeroes = mergeZeroes(f.src.Zeroes(s.zeroes[:0]))
 	chunk := int64(zeroBytes)
-	if f.out.zeroer == nil {
+	if f.homeLane.out.zeroer == nil {
 		chunk = int64(f.o.WriteBytes)
 	}
 	ok := true
 	for _, z := range s.zeroes {
 		for ok && z.Bytes > 0 {
-			j := f.writers.take()
+			j := f.homeLane.take()
 			j.off, j.zeroBytes = z.Off, min(z.Bytes, chunk)
 			z.Off, z.Bytes = z.Off+j.zeroBytes, z.Bytes-j.zeroBytes
-			ok = f.writers.start(j)
+			ok = f.homeLane.start(j)
 		}
 	}
-	return len(s.zeroes) > 0, f.writers.wait()
+	return len(s.zeroes) > 0, f.homeLane.wait()
 }
 
 // leg writes blocks until SyncBytes are lent or the set is at its end, and waits for the last write.
@@ -168,7 +92,7 @@ func (s *sweep) leg() error {
 			final = !s.more()
 		}
 	}
-	return s.f.writers.wait()
+	return s.f.homeLane.wait()
 }
 
 // more moves one block from the Source to the window, and the bridge to it. It reports false when the leg is
@@ -181,7 +105,7 @@ func (s *sweep) more() bool {
 	s.pos++
 	b.check(s.last)
 	s.last = int64(b.Number)
-	s.scratch = appendPieces(s.scratch[:0], b, s.f.out.sector)
+	s.scratch = appendPieces(s.scratch[:0], b, s.f.homeLane.out.sector)
 	if len(s.scratch) > 0 {
 		s.bridge(s.scratch[0].off)
 	}
@@ -223,13 +147,13 @@ func (s *sweep) bridge(off int64) {
 
 // write starts a write of the first n pieces of the window. It reports false when the attempt is lost.
 func (s *sweep) write(n int) bool {
-	j := s.f.writers.take()
+	j := s.f.homeLane.take()
 	j.off = s.window.pieces[0].off
 	for i := range s.window.pieces[:n] {
 		j.add(&s.window.pieces[i])
 	}
 	s.window.drop(n)
-	return s.f.writers.start(j)
+	return s.f.homeLane.start(j)
 }
 
 // sync makes what has been written durable and lets it turn clean. No write is in flight.
@@ -241,9 +165,10 @@ func (s *sweep) sync() error {
 	if planted("clean-before-sync") {
 		f.src.Synced()
 	}
-	if err := f.sync(); err != nil {
+	if err := f.homeLane.sync(); err != nil {
 		return err
 	}
+	f.homeLane.begins()
 	if !planted("clean-before-sync") {
 		f.src.Synced()
 	}

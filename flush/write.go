@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -14,7 +16,7 @@ import (
 const maxFills = 64
 
 // zeroBufferBytes is the length of the buffer of zeroes for backings without Zero.
-const zeroBufferBytes = 64 << 10
+const zeroBufferBytes = 1 << 20
 
 // job is one operation on the backing: a write of adjoining pieces, or a range to be zeroed. A fixed number
 // of them is used again and again.
@@ -27,6 +29,7 @@ type job struct {
 	fills     []fill
 	filled    []byte      // memory of the fills, aligned to BlockBytes; made when first needed
 	gather    []byte      // memory for backings without WritevAt; made when first needed
+	heads     []byte      // memory for the headers of a journal's chunks; made when first needed
 	written   func(error) // ends the job after an asynchronous write; made once
 }
 
@@ -52,20 +55,34 @@ func (j *job) add(p *piece) {
 	j.length += int64(len(data))
 }
 
+// head is memory for the i-th header of a chunk in the write.
+func (j *job) head(i int) []byte {
+	if j.heads == nil {
+		j.heads = alignedBytes(headsPerJob * BlockBytes)
+	}
+	return j.heads[i*BlockBytes:][:BlockBytes]
+}
+
 // reset lets go of all borrowed memory.
 func (j *job) reset() {
 	clear(j.bufs)
 	clear(j.fills)
-	*j = job{bufs: j.bufs[:0], fills: j.fills[:0], filled: j.filled, gather: j.gather, written: j.written}
+	*j = job{bufs: j.bufs[:0], fills: j.fills[:0], filled: j.filled, gather: j.gather, heads: j.heads, written: j.written}
 }
 
-// writers runs jobs, several at a time, started in the order in which they were given.
-type writers struct {
-	f      *Flusher
-	jobs   chan *job // unbuffered; closed by close, when runLoop has ended
-	free   chan *job // Depth jobs in flight and one that is being planned
-	issued uint64    // seq of the last job; belongs to runLoop
-	async  int       // asynchronous writes in flight; belongs to runLoop
+// lane is the way to one backing for one goroutine, its owner: it runs jobs, several at a time, started in the order in
+// which they were given, and syncs them.
+type lane struct {
+	f   *Flusher
+	out output
+	progress
+	disk   *disk
+	since  uint64        // failed syncs of the disk when the first write after the last good sync began; belongs to the owner
+	jobs   chan *job     // unbuffered; closed by close, when the owner has ended
+	free   chan *job     // Depth jobs in flight and one that is being planned
+	bytes  atomic.Uint64 // written
+	issued uint64        // seq of the last job; belongs to the owner
+	async  int           // asynchronous writes in flight; belongs to the owner
 
 	mu      sync.Mutex // protects what follows
 	changed sync.Cond
@@ -74,8 +91,14 @@ type writers struct {
 	err     error  // the first since the last wait
 }
 
-func (w *writers) init(f *Flusher) {
-	w.f = f
+// disk is a device that several lanes may lead to. A sync that fails takes with it what the others have not synced yet: the
+// next sync may succeed and their writes be lost all the same.
+type disk struct{ failedSyncs atomic.Uint64 }
+
+func (w *lane) init(f *Flusher, dev Backing, d *disk) {
+	w.f, w.out, w.disk = f, newOutput(dev), d
+	w.progress.base = time.Now()
+	f.health.lanes = append(f.health.lanes, &w.progress)
 	w.changed.L = &w.mu
 	w.jobs = make(chan *job)
 	w.free = make(chan *job, f.o.Depth+1)
@@ -83,20 +106,20 @@ func (w *writers) init(f *Flusher) {
 		j := &job{bufs: make([][]byte, 0, f.o.WriteBytes/BlockBytes), fills: make([]fill, 0, maxFills)}
 		j.written = func(err error) {
 			w.async--
-			w.end(j, f.written(j, err))
+			w.finish(j, w.written(j, err))
 		}
 		w.free <- j
 	}
 }
 
-func (w *writers) close() { close(w.jobs) }
+func (w *lane) close() { close(w.jobs) }
 
 // take returns an empty job, to be given to start.
-func (w *writers) take() *job { return <-w.free }
+func (w *lane) take() *job { return <-w.free }
 
 // start starts j, or gives it to a writer, as soon as fewer than Depth jobs are running. It reports false, and
 // drops j, when an earlier job has failed or the flusher stops; wait tells the error.
-func (w *writers) start(j *job) bool {
+func (w *lane) start(j *job) bool {
 	w.await(w.f.o.Depth - 1)
 	w.mu.Lock()
 	if w.err == nil && w.f.stopping() {
@@ -114,20 +137,20 @@ func (w *writers) start(j *job) bool {
 	}
 	w.issued++
 	j.seq = w.issued
-	if w.f.out.starter == nil || j.zeroBytes > 0 || len(j.fills) > 0 {
+	if w.out.starter == nil || j.zeroBytes > 0 || len(j.fills) > 0 {
 		w.jobs <- j
-	} else if w.begin(j.seq) {
+	} else if w.startTurn(j.seq) {
 		w.async++
-		w.f.health.begin()
-		w.f.out.starter.StartWritev(j.bufs, j.off, j.written)
+		w.progress.begin()
+		w.out.starter.StartWritev(j.bufs, j.off, j.written)
 	} else {
-		w.end(j, nil)
+		w.finish(j, nil)
 	}
 	return true
 }
 
 // wait returns when no job is running, with the first error since it was last called.
-func (w *writers) wait() error {
+func (w *lane) wait() error {
 	w.await(0)
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -137,7 +160,7 @@ func (w *writers) wait() error {
 }
 
 // await returns when no more than n jobs are running.
-func (w *writers) await(n int) {
+func (w *lane) await(n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.running > n {
@@ -146,26 +169,26 @@ func (w *writers) await(n int) {
 			continue
 		}
 		w.mu.Unlock()
-		w.f.out.starter.Reap()
+		w.out.starter.Reap()
 		w.mu.Lock()
 	}
 }
 
 // runWriter runs jobs until there are no more. Reads that a write needs are done beforehand, out of order;
 // writes themselves start in order.
-func (w *writers) runWriter() {
+func (w *lane) runWriter() {
 	for j := range w.jobs {
-		err := w.f.fill(j)
-		if w.begin(j.seq) && err == nil {
-			err = w.f.write(j)
+		err := w.fill(j)
+		if w.startTurn(j.seq) && err == nil {
+			err = w.write(j)
 		}
-		w.end(j, err)
+		w.finish(j, err)
 	}
 }
 
-// begin waits for the turn of job seq. It reports false when an earlier job has failed: the attempt is lost
+// startTurn waits for the turn of job seq. It reports false when an earlier job has failed: the attempt is lost
 // and this one need not be done. It cannot wait for ever, since every earlier job has a writer already.
-func (w *writers) begin(seq uint64) bool {
+func (w *lane) startTurn(seq uint64) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for w.turn+1 != seq {
@@ -176,8 +199,8 @@ func (w *writers) begin(seq uint64) bool {
 	return w.err == nil
 }
 
-// end takes back j, which ended with err.
-func (w *writers) end(j *job, err error) {
+// finish takes back j, which ended with err.
+func (w *lane) finish(j *job, err error) {
 	if err != nil && planted("drop-on-error") {
 		err = nil
 	}
@@ -216,14 +239,14 @@ func newOutput(dev Backing) output {
 }
 
 // fill completes the blocks of j from home. Neighbors are read together.
-func (f *Flusher) fill(j *job) error {
+func (w *lane) fill(j *job) error {
 	for i := 0; i < len(j.fills); {
 		n := 1
 		for i+n < len(j.fills) && j.fills[i+n].off == j.fills[i].off+int64(n)*BlockBytes {
 			n++
 		}
 		buf := j.filled[i*BlockBytes : (i+n)*BlockBytes]
-		if err := f.read(buf, j.fills[i].off); err != nil {
+		if err := w.read(buf, j.fills[i].off); err != nil {
 			return err
 		}
 		for k := range n {
@@ -243,36 +266,37 @@ func (l *fill) apply(block []byte) {
 	}
 }
 
-func (f *Flusher) read(p []byte, off int64) error {
-	f.health.begin()
-	n, err := f.out.dev.ReadAt(p, off)
-	f.health.end()
+func (w *lane) read(p []byte, off int64) error {
+	w.progress.begin()
+	n, err := w.out.dev.ReadAt(p, off)
+	w.progress.end()
 	if n == len(p) {
 		err = nil
 	} else if err == nil {
 		err = io.ErrUnexpectedEOF
 	}
-	f.counters.filledBlocks.Add(uint64(len(p) / BlockBytes))
-	return f.counters.failure(err, "read", off, int64(len(p)))
+	w.f.counters.filledBlocks.Add(uint64(len(p) / BlockBytes))
+	return w.f.counters.failure(err, "read", off, int64(len(p)))
 }
 
 // write does what j says.
-func (f *Flusher) write(j *job) error {
+func (w *lane) write(j *job) error {
 	if j.zeroBytes > 0 {
-		return f.zero(j.off, j.zeroBytes)
+		return w.zero(j.off, j.zeroBytes)
 	}
-	f.health.begin()
-	return f.written(j, f.out.write(j))
+	w.progress.begin()
+	return w.written(j, w.out.write(j))
 }
 
 // written counts the write of j, which ended with err.
-func (f *Flusher) written(j *job, err error) error {
-	f.health.end()
-	f.counters.writes.Add(1)
+func (w *lane) written(j *job, err error) error {
+	w.progress.end()
+	w.f.counters.writes.Add(1)
 	if err == nil {
-		f.counters.writtenBytes.Add(uint64(j.length))
+		w.f.counters.writtenBytes.Add(uint64(j.length))
+		w.bytes.Add(uint64(j.length))
 	}
-	return f.counters.failure(err, "write", j.off, j.length)
+	return w.f.counters.failure(err, "write", j.off, j.length)
 }
 
 func (o *output) write(j *job) error {
@@ -305,46 +329,56 @@ func writeFull(dev io.WriterAt, p []byte, off int64) error {
 var zeroBuffer = alignedBytes(zeroBufferBytes)
 
 // zero zeroes a range: by the backing's own means if it has any, else by writing zeroes.
-func (f *Flusher) zero(off, n int64) error {
-	f.health.begin()
-	defer f.health.end()
+func (w *lane) zero(off, n int64) error {
+	w.progress.begin()
+	defer w.progress.end()
 	err := error(syscall.EOPNOTSUPP)
-	if f.out.zeroer != nil {
-		err = f.out.zeroer.Zero(off, n)
+	if w.out.zeroer != nil {
+		err = w.out.zeroer.Zero(off, n)
 	}
 	if errors.Is(err, syscall.EOPNOTSUPP) {
-		err = f.writeZeroes(off, n)
+		err = w.writeZeroes(off, n)
 	}
 	if err == nil {
-		f.counters.zeroedBytes.Add(uint64(n))
+		w.f.counters.zeroedBytes.Add(uint64(n))
 	}
-	return f.counters.failure(err, "zero", off, n)
+	return w.f.counters.failure(err, "zero", off, n)
 }
 
-func (f *Flusher) writeZeroes(off, n int64) error {
+func (w *lane) writeZeroes(off, n int64) error {
 	for n > 0 {
 		p := zeroBuffer[:min(n, zeroBufferBytes)]
-		if err := writeFull(f.out.dev, p, off); err != nil {
+		if err := writeFull(w.out.dev, p, off); err != nil {
 			return err
 		}
-		f.health.progressed()
+		w.progress.completed()
 		off, n = off+int64(len(p)), n-int64(len(p))
 	}
 	return nil
 }
 
 // sync makes all completed writes durable.
-func (f *Flusher) sync() error {
-	f.health.begin()
-	err := f.out.dev.Sync()
-	f.health.end()
-	f.counters.syncs.Add(1)
+func (w *lane) sync() error {
+	w.progress.begin()
+	err := w.out.dev.Sync()
+	w.progress.end()
+	w.f.counters.syncs.Add(1)
 	if err != nil {
-		f.counters.errors.Add(1)
+		w.disk.failedSyncs.Add(1)
+		w.f.counters.errors.Add(1)
 		return fmt.Errorf("sync backing: %w", err)
+	}
+	if w.disk.failedSyncs.Load() != w.since {
+		return errSyncLost
 	}
 	return nil
 }
+
+// errSyncLost: this sync succeeded, but another one failed since the writes that it was for began.
+var errSyncLost = errors.New("sync backing: another sync failed meanwhile and may have taken the writes with it")
+
+// begins notes that the first write after a good sync, or after a failure, comes next.
+func (w *lane) begins() { w.since = w.disk.failedSyncs.Load() }
 
 // alignedBytes returns n bytes of memory that begin on a multiple of BlockBytes, as direct I/O wants them.
 func alignedBytes(n int) []byte {

@@ -337,7 +337,7 @@ func (k cutKind) String() string {
 	if k.cache != "" {
 		disk = "disk"
 	}
-	return fmt.Sprintf("ack %s, journal %s, %s", k.ack, k.journal, disk)
+	return fmt.Sprintf("ack-%s-journal-%s-%s", k.ack, k.journal, disk)
 }
 
 // powerCuts cuts the power under load, several times, and has the database judge. With ack = disk nothing that was answered may
@@ -346,8 +346,7 @@ func powerCuts(t *testing.T, kind cutKind, m *machine, db database) (at []int) {
 	t.Helper()
 	at = populate(t, m, db)
 	answers, worst := 0, loss{}
-	name := strings.NewReplacer("/", "-", ",", "", " ", "-").Replace(t.Name() + "-" + kind.String())
-	rounds(t, name, count("RAMSHELF_CUTS", 3, 50), func(round int) {
+	rounds(t, strings.ReplaceAll(t.Name(), "/", "-"), count("RAMSHELF_DATABASE_CUTS", 3, 50), func(round int) {
 		l := loadAndCut(t, m, db, at, during(time.Second, 3*time.Second))
 		answers += l.answers()
 		began := time.Now()

@@ -152,10 +152,24 @@ func follow(at []int, events string) error {
 
 // TestMariaDB has MariaDB judge power cuts, and spoils what it judged.
 func TestMariaDB(t *testing.T) {
-	kind := cutKind{ack: "disk", journal: "none", cache: "writeback"}
-	m := newMachine(t, kind, volume{size: 512 * mib})
-	db := newMariaDB(t, m.point)
-	at := powerCuts(t, kind, m, db)
+	for _, kind := range []cutKind{
+		{ack: "ram", journal: "internal", cache: "writeback"},
+		{ack: "disk", journal: "internal", cache: "writeback"},
+	} {
+		t.Run(kind.String(), func(t *testing.T) {
+			m := newMachine(t, kind, volume{size: 512 * mib})
+			db := newMariaDB(t, m.point)
+			at := powerCuts(t, kind, m, db)
+			if kind.ack == "disk" {
+				spoilMariaDB(t, m, db, at)
+			}
+		})
+	}
+}
+
+// spoilMariaDB are the negative controls.
+func spoilMariaDB(t *testing.T, m *machine, db *mariadb, at []int) {
+	t.Helper()
 	at = checkLieIsFound(t, m, db, at)
 
 	next := slices.Clone(at)

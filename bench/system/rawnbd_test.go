@@ -193,6 +193,7 @@ type operation struct {
 	length     int
 	data       []byte // payload, or room for what a read returns
 	id         uint64 // the owner's
+	sent       int64  // likewise
 	floors     []int64
 }
 

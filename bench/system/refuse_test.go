@@ -87,7 +87,7 @@ var refusals = []refusal{
 	{"unknown flag", extra("--frobnicate"), []int{64}, []string{"frobnicate"}},
 	{"argument", extra("vol"), []int{64}, []string{"vol"}},
 	{"peer lands later", extra("--peer", "host:1"), []int{1}, []string{"peer", "later"}},
-	{"journal lands later", set("journal", "internal"), []int{1}, []string{"journal", "later|none"}},
+	{"journal without a kind", set("journal", "/tmp/x"), []int{64}, []string{"journal", "file:/tmp/x"}},
 
 	{"missing disk", set("backing", "/dev/no-such-disk"), []int{1}, []string{"/dev/no-such-disk", "no such|not exist|missing"}},
 	{"character device", set("backing", "/dev/null"), []int{1, 5, 64}, []string{"/dev/null", "block device|disk"}},

@@ -65,35 +65,43 @@ func (d *sqlite) check(_, _ []int) error {
 
 // TestSQLite has SQLite judge power cuts, and spoils what it judged.
 func TestSQLite(t *testing.T) {
-	t.Run("disk", func(t *testing.T) {
-		kind := cutKind{ack: "disk", journal: "none", cache: "writeback"}
-		m := newMachine(t, kind, volume{size: 128 * mib})
-		db := newSQLite(t, m.point)
-		at := powerCuts(t, kind, m, db)
-		at = checkLieIsFound(t, m, db, at)
+	for _, kind := range []cutKind{
+		{ack: "ram", journal: "internal", cache: "writeback"},
+		{ack: "disk", journal: "internal"},
+		{ack: "disk", journal: "none", cache: "writeback"},
+	} {
+		t.Run(kind.String(), func(t *testing.T) {
+			m := newMachine(t, kind, volume{size: 128 * mib})
+			db := newSQLite(t, m.point)
+			at := powerCuts(t, kind, m, db)
+			if kind.ack == "disk" && kind.cache != "" {
+				spoilSQLite(t, m, db, at)
+			}
+		})
+	}
+}
 
-		mustQuery(t, db, fmt.Sprintf("UPDATE entry SET payload = 'older' WHERE conn = 0 AND id = %d", at[0]))
-		_, err := state(db)
-		checkObjects(t, err, "older")
-		mustQuery(t, db, undo(0, at[0]))
-		mustQuery(t, db, transaction(db.begin(), 1, at[1]+1))
-		now, err := state(db)
-		if err != nil || now[0] != at[0]-1 || now[1] != at[1]+1 {
-			t.Errorf("a transaction back and one on, the state is %v after %v: %v", now, at, err)
-		}
-		mustQuery(t, db, "PRAGMA wal_checkpoint(TRUNCATE)")
-		root, err := db.query("SELECT rootpage - 1 FROM sqlite_schema WHERE name = 'entry'")
-		if err != nil {
-			t.Fatal(err)
-		}
-		run(t, "dd", "if=/dev/urandom", "of="+db.path, "bs=4k", "seek="+strings.TrimSpace(root), "count=1", "conv=notrunc", "status=none")
-		checkObjects(t, db.check(at, at), "integrity_check")
-	})
-	t.Run("file", func(t *testing.T) {
-		kind := cutKind{ack: "disk", journal: "none"}
-		m := newMachine(t, kind, volume{size: 128 * mib})
-		powerCuts(t, kind, m, newSQLite(t, m.point))
-	})
+// spoilSQLite are the negative controls.
+func spoilSQLite(t *testing.T, m *machine, db *sqlite, at []int) {
+	t.Helper()
+	at = checkLieIsFound(t, m, db, at)
+
+	mustQuery(t, db, fmt.Sprintf("UPDATE entry SET payload = 'older' WHERE conn = 0 AND id = %d", at[0]))
+	_, err := state(db)
+	checkObjects(t, err, "older")
+	mustQuery(t, db, undo(0, at[0]))
+	mustQuery(t, db, transaction(db.begin(), 1, at[1]+1))
+	now, err := state(db)
+	if err != nil || now[0] != at[0]-1 || now[1] != at[1]+1 {
+		t.Errorf("a transaction back and one on, the state is %v after %v: %v", now, at, err)
+	}
+	mustQuery(t, db, "PRAGMA wal_checkpoint(TRUNCATE)")
+	root, err := db.query("SELECT rootpage - 1 FROM sqlite_schema WHERE name = 'entry'")
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "dd", "if=/dev/urandom", "of="+db.path, "bs=4k", "seek="+strings.TrimSpace(root), "count=1", "conv=notrunc", "status=none")
+	checkObjects(t, db.check(at, at), "integrity_check")
 }
 
 // TestRolledBack loses all that was answered since the volume was flushed: without a commit in an hour, ack = ram promises no more

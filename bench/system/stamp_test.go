@@ -177,23 +177,32 @@ func (l *ledger) check(first int64, data []byte, floors []int64, whole bool) {
 
 // owner is the write that the stamp of a sector names.
 func (l *ledger) owner(sector int64, p []byte) uint64 {
-	if binary.LittleEndian.Uint64(p) == 0 && allZero(p) {
-		return zero
+	id, fault := readStamp(sector, p, l.run)
+	if fault != "" {
+		l.fault("%s", fault)
 	}
-	id := binary.LittleEndian.Uint64(p[16:])
+	return id
+}
+
+// readStamp is the write of the run that the stamp of a sector names, zero where the sector is zeros, and what is wrong with it.
+func readStamp(sector int64, p []byte, run uint32) (id uint64, fault string) {
+	if binary.LittleEndian.Uint64(p) == 0 && allZero(p) {
+		return zero, ""
+	}
+	id = binary.LittleEndian.Uint64(p[16:])
 	switch {
 	case binary.LittleEndian.Uint64(p) != stampMagic:
-		l.fault("sector %d holds bytes that nobody wrote: %x…", sector, p[:40])
+		fault = fmt.Sprintf("sector %d holds bytes that nobody wrote: %x…", sector, p[:40])
 	case crc32.Checksum(p[:508], castagnoli) != binary.LittleEndian.Uint32(p[508:]):
-		l.fault("sector %d is torn: its stamp names write %d and its checksum is wrong", sector, id)
+		fault = fmt.Sprintf("sector %d is torn: its stamp names write %d and its checksum is wrong", sector, id)
 	case binary.LittleEndian.Uint64(p[8:]) != uint64(sector):
-		l.fault("sector %d holds the content of sector %d", sector, binary.LittleEndian.Uint64(p[8:]))
-	case binary.LittleEndian.Uint32(p[36:]) != l.run:
-		l.fault("sector %d holds content of another run", sector)
+		fault = fmt.Sprintf("sector %d holds the content of sector %d", sector, binary.LittleEndian.Uint64(p[8:]))
+	case binary.LittleEndian.Uint32(p[36:]) != run:
+		fault = fmt.Sprintf("sector %d holds content of another run", sector)
 	default:
-		return id
+		return id, ""
 	}
-	return zero
+	return zero, fault
 }
 
 // doneOf is when the owner of a sector was answered, never if it was not.

@@ -85,6 +85,25 @@ type head struct {
 	stamp     atomic.Uint64 // incarnation of the backing that this memory belongs to
 	nextStamp atomic.Uint64 // incarnation that is being stamped into the backing
 	published atomic.Uint64 // every number up to this one was issued whole
+
+	turn  atomic.Uint64 // which of the journals below holds
+	rings [2][journalWords]atomic.Uint64
+}
+
+// journalWords are the words of a Journal and their checksum.
+const journalWords = 5
+
+// Journal is where the journal of the volume has got to. What the words mean is the business of those who write it.
+type Journal struct{ Stamp, Head, Tail, Committed uint64 }
+
+func (j Journal) words() [journalWords]uint64 {
+	w := [journalWords]uint64{j.Stamp, j.Head, j.Tail, j.Committed}
+	b := make([]byte, 0, 8*journalWords)
+	for _, x := range w[:journalWords-1] {
+		b = binary.LittleEndian.AppendUint64(b, x)
+	}
+	w[journalWords-1] = uint64(crc32.Checksum(b, castagnoli)) | 1<<32
+	return w
 }
 
 // Arena is a mapped memory file. Its words may be used by several goroutines; Close must come last.
@@ -294,6 +313,23 @@ func (a *Arena) Published() uint64 { return a.head.published.Load() }
 
 // SetPublished says that number and all before it were issued whole.
 func (a *Arena) SetPublished(number uint64) { a.head.published.Store(number) }
+
+// SetJournal records where the journal has got to: the one before holds until all of it is stored. It must not be called by
+// two at a time.
+func (a *Arena) SetJournal(j Journal) {
+	next := 1 - a.head.turn.Load()&1
+	for i, w := range j.words() {
+		a.head.rings[next][i].Store(w)
+	}
+	a.head.turn.Store(next)
+}
+
+// Journal is what SetJournal recorded last, false where nothing was.
+func (a *Arena) Journal() (Journal, bool) {
+	r := &a.head.rings[a.head.turn.Load()&1]
+	j := Journal{r[0].Load(), r[1].Load(), r[2].Load(), r[3].Load()}
+	return j, j.words()[journalWords-1] == r[journalWords-1].Load()
+}
 
 // BelongsTo tells whether the memory goes with a backing of the incarnation stamp: it was used with it last, or was
 // about to be when the process ended between the two stamps.

@@ -61,15 +61,15 @@ type ioEvent struct {
 // iocbPwritev is IOCB_CMD_PWRITEV: buf is an array of nbytes iovecs.
 const iocbPwritev = 8
 
-// startAsync makes asynchronous writes possible, where the system has them and with direct I/O: without, they
-// would be done before io_submit returns.
-func (f *File) startAsync() {
+// newAsync makes asynchronous writes possible, where the system has them and with direct I/O: without, they would be done
+// before io_submit returns. Else it is nil.
+func (f *File) newAsync() *async {
 	if !f.direct {
-		return
+		return nil
 	}
 	a := &async{f: f, free: make(chan *asyncWrite, asyncDepth)}
 	if _, _, errno := unix.Syscall(unix.SYS_IO_SETUP, asyncDepth, uintptr(unsafe.Pointer(&a.ctx)), 0); errno != 0 {
-		return
+		return nil
 	}
 	for i := range a.writes {
 		w := &a.writes[i]
@@ -77,7 +77,36 @@ func (f *File) startAsync() {
 		w.submit = func(fd uintptr) { w.errno = a.submit(w, fd) }
 		a.free <- w
 	}
-	f.async = a
+	return a
+}
+
+// Queue is a File with asynchronous writes of its own: what one goroutine began here no other reaps.
+type Queue struct {
+	*File
+	async *async
+}
+
+// Queue returns a second way to f. Close it before f.
+func (f *File) Queue() *Queue { return &Queue{f, f.newAsync()} }
+
+// Async reports whether StartWritev returns before its write has ended.
+func (q *Queue) Async() bool { return q.async != nil }
+
+// StartWritev is File.StartWritev.
+func (q *Queue) StartWritev(bufs [][]byte, off int64, done func(error)) {
+	q.startWritev(q.async, bufs, off, done)
+}
+
+// Reap is File.Reap for the writes that were begun here.
+func (q *Queue) Reap() { q.async.reapAny() }
+
+// Close gives the queue back. The File stays open. No write may be in flight.
+func (q *Queue) Close() error {
+	if q.async != nil {
+		q.async.close()
+		q.async = nil
+	}
+	return nil
 }
 
 // close gives the context back to the kernel, which waits for what is in flight.
@@ -91,16 +120,22 @@ func (f *File) Async() bool { return f.async != nil }
 // Writes begin in the order of the calls. A write must not overlap one that the same goroutine has begun and
 // not reaped: it would wait for ever. Close must not be called before every done.
 func (f *File) StartWritev(bufs [][]byte, off int64, done func(error)) {
-	if f.async == nil || !f.async.start(bufs, off, done) {
+	f.startWritev(f.async, bufs, off, done)
+}
+
+func (f *File) startWritev(a *async, bufs [][]byte, off int64, done func(error)) {
+	if a == nil || !a.start(bufs, off, done) {
 		done(f.WritevAt(bufs, off))
 	}
 }
 
 // Reap waits until a write begun by StartWritev has ended, unless none is in flight, and calls done for each
 // that has.
-func (f *File) Reap() {
-	if f.async != nil && f.async.inFlight.Load() > 0 {
-		f.async.reap()
+func (f *File) Reap() { f.async.reapAny() }
+
+func (a *async) reapAny() {
+	if a != nil && a.inFlight.Load() > 0 {
+		a.reap()
 	}
 }
 

@@ -236,7 +236,7 @@ func (f *File) prepare(info fs.FileInfo, o Options) error {
 		return fmt.Errorf("%w: %d bytes are not a multiple of its sector of %d; extend it to %d (truncate -s)",
 			ErrSize, size, f.sector, (size/int64(f.sector)+1)*int64(f.sector))
 	}
-	f.startAsync()
+	f.async = f.newAsync()
 	return nil
 }
 

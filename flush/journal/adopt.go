@@ -25,53 +25,17 @@ func (e *RefusedError) Error() string {
 // Unwrap is the cause.
 func (e *RefusedError) Unwrap() error { return e.Err }
 
-// Geometry is how a backing is divided. All values are in bytes.
-type Geometry struct {
-	VolumeBytes    int64 // the volume lies from 0 to here
-	MetadataOffset int64 // the metadata from here to the end of the superblock area
-	BackingBytes   int64 // what the backing must have: more than it has where a file is to be extended
-}
-
-// Plan divides a backing without superblock. volumeBytes is the wanted size of the volume; 0 means all that
-// the metadata leave, which only a device is asked for. A file may be extended: extendable.
-func Plan(backingBytes, volumeBytes int64, extendable bool) (Geometry, error) {
-	switch {
-	case volumeBytes < 0 || volumeBytes%SectorBytes != 0:
-		return Geometry{}, fmt.Errorf("volume size of %d bytes is not a multiple of %d; give one that is", volumeBytes, SectorBytes)
-	case volumeBytes == 0 && extendable:
-		return Geometry{}, fmt.Errorf("file of %d bytes holds no volume yet; give the size of the volume in it (--size)", backingBytes)
-	case volumeBytes > backingBytes:
-		return Geometry{}, fmt.Errorf("volume of %d bytes is larger than its backing of %d; give a smaller size or a larger backing",
-			volumeBytes, backingBytes)
-	}
-	area := AreaOffset(backingBytes)
-	if volumeBytes == 0 {
-		volumeBytes = max(area, 0)
-	}
-	if volumeBytes == 0 || area < volumeBytes {
-		if !extendable {
-			return Geometry{}, fmt.Errorf("volume of %d bytes and %d bytes of metadata do not fit a device of %d; give at most %d (--size) or keep the metadata elsewhere (--journal BACKING)",
-				volumeBytes, AreaBytes, backingBytes, max(area, 0))
-		}
-		backingBytes = CreateBytes(volumeBytes)
-		area = AreaOffset(backingBytes)
-	}
-	return Geometry{VolumeBytes: volumeBytes, MetadataOffset: area, BackingBytes: backingBytes}, nil
-}
-
-// CreateBytes is the size of a file that is made for a volume of volumeBytes.
-func CreateBytes(volumeBytes int64) int64 {
-	return (volumeBytes+areaAlignment-1)&^(areaAlignment-1) + AreaBytes
-}
-
 // Wanted is the volume that an operator asks for.
 type Wanted struct {
 	Name        string
 	UUID        UUID  // zero: any
 	VolumeBytes int64 // zero: what the superblock says, or what a device leaves
-	Journal     Kind
-	Extendable  bool // the backing is a file, which may become longer
-	Force       bool // overwrite another volume's superblock, a damaged one, or data in the tail
+	Journal     Kind  // with KindExternal the backing that is examined is the one with the metadata
+	AnyJournal  bool  // none or internal, as the superblock says; Journal is for a backing that has no superblock
+	RingBytes   int64 // the ring that a backing without superblock is to get; nothing for KindNone
+	DataBytes   int64 // with KindExternal the size of the backing with the data
+	Extendable  bool  // the backing is a file, which may become longer
+	Force       bool  // overwrite another volume's superblock, a damaged one, or data in the tail
 }
 
 // Found is what Examine makes of a backing.
@@ -82,8 +46,9 @@ type Found struct {
 }
 
 // Examine looks for the superblock on a backing, or adopts a backing that has none and whose tail is zero.
-// It only reads: the caller grows the backing to Geometry.BackingBytes, calls Superblock.Begin and
-// Superblock.Store. A *RefusedError means that the backing is not to be touched.
+// It only reads: the caller grows the backing to Geometry.BackingBytes, calls Superblock.Begin, Reset where there
+// is a ring, and Superblock.Store. A *RefusedError means that the backing is not to be touched. With KindExternal
+// the backing is the one with the metadata; for the one with the data see ForeignTail.
 func Examine(r io.ReaderAt, backingBytes int64, want Wanted) (*Found, error) {
 	if err := ValidateName(want.Name); err != nil {
 		return nil, err
@@ -127,8 +92,8 @@ func (w *Wanted) foreign(s *Superblock) error {
 	return nil
 }
 
-// accept takes a backing that holds the volume, unless it is not as wanted. Force does not help here: what
-// is asked for cannot be had of this volume.
+// accept takes a backing that holds the volume, unless it is not as wanted. Force helps only where a backing has
+// grown: what else is asked for cannot be had of this volume.
 func (w *Wanted) accept(s *Superblock, backingBytes int64) (*Found, error) {
 	switch {
 	case w.VolumeBytes != 0 && s.VolumeBytes != w.VolumeBytes:
@@ -136,30 +101,52 @@ func (w *Wanted) accept(s *Superblock, backingBytes int64) (*Found, error) {
 			Reason: fmt.Sprintf("volume %s has %d bytes, not %d", s.Name, s.VolumeBytes, w.VolumeBytes),
 			Remedy: fmt.Sprintf("leave --size out or give --size %d", s.VolumeBytes),
 		}
-	case s.Journal != w.Journal:
+	case s.Journal == KindExternal && w.Journal != KindExternal:
+		return nil, &RefusedError{
+			Reason: fmt.Sprintf("backing is the journal of volume %s, not its data", s.Name),
+			Remedy: "give the backing with the data (--backing) and this one as --journal",
+		}
+	case s.Journal != KindExternal && w.Journal == KindExternal:
+		return nil, &RefusedError{
+			Reason: fmt.Sprintf("backing holds volume %s itself with journal %s and is not an external journal", s.Name, s.Journal),
+			Remedy: fmt.Sprintf("give it as --backing with --journal %s, or another backing as --journal", s.Journal),
+		}
+	case s.Journal != w.Journal && !w.AnyJournal:
 		return nil, &RefusedError{
 			Reason: fmt.Sprintf("volume %s has journal %s, not %s", s.Name, s.Journal, w.Journal),
 			Remedy: fmt.Sprintf("give --journal %s", s.Journal),
 		}
+	case s.DataBytes != w.DataBytes && s.Journal == KindExternal:
+		if !w.Force || w.DataBytes < s.VolumeBytes {
+			return nil, &RefusedError{
+				Reason: fmt.Sprintf("journal of volume %s belongs to a backing of %d bytes, not of %d", s.Name, s.DataBytes, w.DataBytes),
+				Remedy: "give the backing that it belongs to, or --force if this is it and it has grown",
+			}
+		}
+		s.DataBytes = w.DataBytes
 	}
-	g := Geometry{VolumeBytes: s.VolumeBytes, MetadataOffset: s.MetadataOffset(), BackingBytes: backingBytes}
-	return &Found{Superblock: s, Geometry: g}, nil
+	return &Found{Superblock: s, Geometry: s.geometry(backingBytes)}, nil
 }
 
 // adopt makes a superblock for a backing that has none.
 func (w *Wanted) adopt(r io.ReaderAt, backingBytes int64) (*Found, error) {
-	g, err := Plan(backingBytes, w.VolumeBytes, w.Extendable)
+	g, err := Plan(backingBytes, *w)
 	if err != nil {
 		return nil, err
 	}
 	if !w.Force {
-		if err := checkTail(r, g.MetadataOffset, min(backingBytes, g.MetadataOffset+AreaBytes)); err != nil {
+		if err := checkTail(r, g.MetadataOffset, min(backingBytes, AreaOffset(g.BackingBytes)+AreaBytes)); err != nil {
 			return nil, err
 		}
 	}
 	s := &Superblock{
-		UUID: w.UUID, Name: w.Name, VolumeBytes: g.VolumeBytes,
-		MetadataBytes: AreaBytes, AreaOffset: g.MetadataOffset, Journal: w.Journal, Clean: true,
+		UUID: w.UUID, Name: w.Name, VolumeBytes: g.VolumeBytes, AreaOffset: AreaOffset(g.BackingBytes), Journal: w.Journal, Clean: true,
+		RingOffset: g.RingOffset, RingBytes: g.RingBytes,
+		BitmapOffset: g.BitmapOffset, BitmapBytes: g.BitmapBytes, RegionBytes: g.RegionBytes,
+	}
+	s.MetadataBytes = s.AreaOffset + AreaBytes - g.MetadataOffset
+	if w.Journal == KindExternal {
+		s.DataBytes = w.DataBytes
 	}
 	if s.UUID == (UUID{}) {
 		s.UUID = NewUUID()
@@ -167,9 +154,24 @@ func (w *Wanted) adopt(r io.ReaderAt, backingBytes int64) (*Found, error) {
 	return &Found{Superblock: s, Geometry: g, Adopted: true}, nil
 }
 
+// ForeignTail returns the superblock at the tail of a backing that is to hold the data of a volume whose metadata
+// lie elsewhere: with one there the backing has metadata of its own, and it is nil as it should be otherwise. An
+// error that is ErrDamaged or ErrNewer says that something there looks like one and cannot be used.
+func ForeignTail(r io.ReaderAt, backingBytes int64) (*Superblock, error) {
+	area := AreaOffset(backingBytes)
+	if area < 0 {
+		return nil, nil
+	}
+	s, err := Load(r, area)
+	if errors.Is(err, ErrNoMagic) {
+		return nil, nil
+	}
+	return s, err
+}
+
 // checkTail refuses a backing where the metadata would overwrite something.
 func checkTail(r io.ReaderAt, from, to int64) error {
-	b := make([]byte, 64<<10)
+	b := make([]byte, min(1<<20, max(to-from, 0)))
 	for from < to {
 		p := b[:min(int64(len(b)), to-from)]
 		if n, err := r.ReadAt(p, from); n < len(p) {

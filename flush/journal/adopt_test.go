@@ -9,41 +9,6 @@ import (
 	"github.com/ramshelf/ramshelf/flush/journal"
 )
 
-func TestPlan(t *testing.T) {
-	const mib, gib = int64(1) << 20, int64(1) << 30
-	for _, c := range []struct {
-		name            string
-		backing, volume int64
-		extendable      bool
-		want            journal.Geometry
-		err             string // part of the message
-	}{
-		{"device, all of it", gib, 0, false, journal.Geometry{gib - mib, gib - mib, gib}, ""},
-		{"device, odd sectors", gib + 512, 0, false, journal.Geometry{gib - mib, gib - mib, gib + 512}, ""},
-		{"device, a part", gib, 512 * mib, false, journal.Geometry{512 * mib, gib - mib, gib}, ""},
-		{"device, just fits", gib, gib - mib, false, journal.Geometry{gib - mib, gib - mib, gib}, ""},
-		{"device, no room", gib, gib - mib + 512, false, journal.Geometry{}, "give at most 1072693248"},
-		{"device, exact size", gib, gib, false, journal.Geometry{}, "--journal"},
-		{"device, too small", mib, 0, false, journal.Geometry{}, "do not fit"},
-		{"device, tiny", 512, 0, false, journal.Geometry{}, "do not fit"},
-		{"volume larger", gib, gib + 512, false, journal.Geometry{}, "larger than its backing"},
-		{"volume larger than file", gib, gib + 512, true, journal.Geometry{}, "larger than its backing"},
-		{"file made for it", gib + mib, gib, true, journal.Geometry{gib, gib, gib + mib}, ""},
-		{"file of exact size", gib, gib, true, journal.Geometry{gib, gib, gib + mib}, ""},
-		{"file a little larger", gib + mib/2, gib, true, journal.Geometry{gib, gib, gib + mib}, ""},
-		{"file much larger", 2 * gib, gib, true, journal.Geometry{gib, 2*gib - mib, 2 * gib}, ""},
-		{"file, odd volume", gib + 512, gib + 512, true, journal.Geometry{gib + 512, gib + 4096, gib + 4096 + mib}, ""},
-		{"file without size", gib, 0, true, journal.Geometry{}, "--size"},
-		{"odd size", gib, 1000, true, journal.Geometry{}, "1000"},
-		{"negative size", gib, -512, true, journal.Geometry{}, "-512"},
-	} {
-		got, err := journal.Plan(c.backing, c.volume, c.extendable)
-		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
-			t.Errorf("%s: %+v, %v, want %+v, %q", c.name, got, err, c.want, c.err)
-		}
-	}
-}
-
 // examine looks at d without changing it.
 func examine(t *testing.T, d *disk, w journal.Wanted) (*journal.Found, error) {
 	t.Helper()
@@ -55,6 +20,12 @@ func examine(t *testing.T, d *disk, w journal.Wanted) (*journal.Found, error) {
 	return found, err
 }
 
+// diskGeometry is that of a disk of the tests in store_test.go.
+var diskGeometry = journal.Geometry{
+	VolumeBytes: volumeBytes, MetadataOffset: volumeBytes, BackingBytes: areaOffset + journal.AreaBytes,
+	BitmapOffset: volumeBytes, BitmapBytes: 8192, RegionBytes: 64 << 10,
+}
+
 func TestExamineFinds(t *testing.T) {
 	d, s := stored(t)
 	for _, w := range []journal.Wanted{
@@ -62,14 +33,14 @@ func TestExamineFinds(t *testing.T) {
 		{Name: s.Name, Journal: s.Journal, UUID: s.UUID, VolumeBytes: s.VolumeBytes},
 		{Name: s.Name, Journal: s.Journal, Force: true},
 		{Name: s.Name, Journal: s.Journal, Extendable: true},
+		{Name: s.Name, Journal: journal.KindInternal, AnyJournal: true, RingBytes: 64 << 20},
 	} {
 		found, err := examine(t, d, w)
 		if err != nil {
 			t.Errorf("%+v: %v", w, err)
 			continue
 		}
-		want := journal.Geometry{VolumeBytes: areaOffset, MetadataOffset: areaOffset, BackingBytes: areaOffset + journal.AreaBytes}
-		if found.Adopted || found.Superblock.UUID != s.UUID || found.Geometry != want {
+		if found.Adopted || found.Superblock.UUID != s.UUID || found.Geometry != diskGeometry {
 			t.Errorf("%+v: %+v", w, found)
 		}
 	}
@@ -78,7 +49,7 @@ func TestExamineFinds(t *testing.T) {
 func TestExamineAdopts(t *testing.T) {
 	filled := func() *disk {
 		d := newDisk()
-		for i := range d.written[:areaOffset] {
+		for i := range d.written[:volumeBytes] {
 			d.written[i] = 0xaa // a file system there is content
 		}
 		return d
@@ -89,12 +60,15 @@ func TestExamineAdopts(t *testing.T) {
 		w    journal.Wanted
 		want journal.Geometry
 	}{
-		"zero tail":  {filled(), journal.Wanted{Name: "vol"}, journal.Geometry{areaOffset, areaOffset, areaOffset + journal.AreaBytes}},
-		"given uuid": {filled(), journal.Wanted{Name: "vol", UUID: uuid}, journal.Geometry{areaOffset, areaOffset, areaOffset + journal.AreaBytes}},
+		"zero tail":  {filled(), journal.Wanted{Name: "vol"}, diskGeometry},
+		"given uuid": {filled(), journal.Wanted{Name: "vol", UUID: uuid}, diskGeometry},
 		"extended": {
 			&disk{written: bytes.Repeat([]byte{1}, 8192)},
 			journal.Wanted{Name: "vol", VolumeBytes: 8192, Extendable: true},
-			journal.Geometry{8192, 8192, 8192 + journal.AreaBytes},
+			journal.Geometry{
+				VolumeBytes: 8192, MetadataOffset: 8192, BackingBytes: 8192 + 8192 + journal.AreaBytes,
+				BitmapOffset: 8192, BitmapBytes: 8192, RegionBytes: 64 << 10,
+			},
 		},
 	} {
 		found, err := examine(t, c.d, c.w)
@@ -137,21 +111,24 @@ func TestExamineRefuses(t *testing.T) {
 	tail.written[areaOffset+12345] = 1
 	lastByte := newDisk()
 	lastByte.written[len(lastByte.written)-1] = 1
+	inBitmap := newDisk()
+	inBitmap.written[volumeBytes] = 1
 	for name, c := range map[string]struct {
 		d      *disk
 		w      journal.Wanted
 		says   []string // in the message
 		forced bool     // Force passes over it
 	}{
-		"other name":     {d, with(func(w *journal.Wanted) { w.Name = "other" }), []string{`"redo-log"`, `"other"`, "--name redo-log", "--force"}, true},
-		"other uuid":     {d, with(func(w *journal.Wanted) { w.UUID = journal.NewUUID() }), []string{s.UUID.String(), "--force"}, true},
-		"other size":     {d, with(func(w *journal.Wanted) { w.VolumeBytes = 4096 }), []string{"65536", "4096", "--size"}, false},
-		"other journal":  {d, with(func(w *journal.Wanted) { w.Journal = journal.KindNone }), []string{"internal", "none", "--journal"}, false},
-		"newer":          {newer, same, []string{"version 2", "newer"}, false},
-		"damaged":        {damaged, same, []string{"copy 0", "copy 1", "checksum", "--force"}, true},
-		"tail not zero":  {tail, same, []string{"77881", "--journal", "--force"}, true},
-		"last not zero":  {lastByte, same, []string{"1114111"}, true},
-		"damaged, small": {damaged, with(func(w *journal.Wanted) { w.VolumeBytes = 4096 }), []string{"--force"}, true},
+		"other name":      {d, with(func(w *journal.Wanted) { w.Name = "other" }), []string{`"redo-log"`, `"other"`, "--name redo-log", "--force"}, true},
+		"other uuid":      {d, with(func(w *journal.Wanted) { w.UUID = journal.NewUUID() }), []string{s.UUID.String(), "--force"}, true},
+		"other size":      {d, with(func(w *journal.Wanted) { w.VolumeBytes = 4096 }), []string{"65536", "4096", "--size"}, false},
+		"other journal":   {d, with(func(w *journal.Wanted) { w.Journal = journal.KindInternal }), []string{"internal", "none", "--journal"}, false},
+		"newer":           {newer, same, []string{"version 2", "newer"}, false},
+		"damaged":         {damaged, same, []string{"copy 0", "copy 1", "checksum", "--force"}, true},
+		"tail not zero":   {tail, same, []string{"86073", "--journal", "--force"}, true},
+		"last not zero":   {lastByte, same, []string{"1122303"}, true},
+		"bitmap not zero": {inBitmap, same, []string{"at byte 65536"}, true},
+		"damaged, small":  {damaged, with(func(w *journal.Wanted) { w.VolumeBytes = 4096 }), []string{"--force"}, true},
 	} {
 		_, err := examine(t, c.d, c.w)
 		var refused *journal.RefusedError

@@ -11,7 +11,11 @@ import (
 	"github.com/ramshelf/ramshelf/flush/journal"
 )
 
-const areaOffset = 64 << 10
+// The disk of these tests: a small volume without journal.
+const (
+	volumeBytes = 64 << 10
+	areaOffset  = volumeBytes + 8192
+)
 
 var now = time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
 
@@ -84,7 +88,9 @@ func (d *disk) crash(keep func(i int) bool) *disk {
 func stored(t *testing.T) (*disk, *journal.Superblock) {
 	t.Helper()
 	s := sample()
-	s.VolumeBytes, s.MetadataBytes, s.AreaOffset = areaOffset, journal.AreaBytes, areaOffset
+	s.VolumeBytes, s.MetadataBytes, s.AreaOffset = volumeBytes, 8192+journal.AreaBytes, areaOffset
+	s.Journal, s.RingOffset, s.RingBytes, s.RingStamp, s.ZeroBytes = journal.KindNone, 0, 0, 0, 4096
+	s.BitmapOffset = volumeBytes
 	d := newDisk()
 	if err := s.Store(d, now); err != nil {
 		t.Fatal(err)
@@ -270,7 +276,7 @@ func TestAreaOffset(t *testing.T) {
 		}
 	}
 	for _, v := range []int64{512, 4096, 1 << 30, 1<<30 + 512} {
-		if at := journal.AreaOffset(journal.CreateBytes(v)); at < v || at >= v+4096 {
+		if at := journal.AreaOffset(journal.CreateBytes(v, 0)); at < v+8192 || at >= v+8192+4096 {
 			t.Errorf("file for a volume of %d: area at %d", v, at)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"os"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -20,23 +21,27 @@ func sample() *journal.Superblock {
 		UUID:          journal.UUID{0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0x4d, 0xef, 0x81, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef},
 		Name:          "redo-log",
 		VolumeBytes:   1 << 30,
-		MetadataBytes: 3 << 20,
-		AreaOffset:    1<<30 + 2<<20,
+		MetadataBytes: 8192 + 4<<20 + 1<<20,
+		AreaOffset:    1<<30 + 8192 + 4<<20,
 		Incarnation:   journal.Incarnation{Counter: 3, Stamp: 0xfeedface12345678},
 		Journal:       journal.KindInternal,
 		Clean:         true,
+		Volatile:      true,
 		WrittenAt:     began.Add(time.Hour),
 		Generations: []journal.Generation{
 			{ID: 0x11, Began: began},
-			{ID: 0x22, Parent: 0x11, Fork: 12345, Began: began.Add(time.Minute)},
+			{ID: 0x22, Parent: 0x11, Fork: 12345, Began: began.Add(time.Minute), Rollback: true},
 		},
+		RingOffset: 1<<30 + 8192, RingBytes: 4 << 20, RingStamp: 0xabcdef0123456789,
+		BitmapOffset: 1 << 30, BitmapBytes: 8192, RegionBytes: 64 << 10,
+		ZeroOffset: 8192, ZeroBytes: 1 << 20, Committed: 54321,
 	}
 }
 
-// golden reads testdata/superblock.hex: lines of "offset: bytes  # field"; what is not named is zero.
-func golden(t testing.TB) []byte {
+// golden reads 4096 bytes from a file in testdata: lines of "offset: bytes  # field"; what is not named is zero.
+func golden(t testing.TB, name string) []byte {
 	t.Helper()
-	text, err := os.ReadFile("testdata/superblock.hex")
+	text, err := os.ReadFile("testdata/" + name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +66,7 @@ func golden(t testing.TB) []byte {
 }
 
 func TestSuperblockGolden(t *testing.T) {
-	want := golden(t)
+	want := golden(t, "superblock.hex")
 	got := sample().Encode()
 	for i := range want {
 		if got[i] != want[i] {
@@ -72,7 +77,7 @@ func TestSuperblockGolden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(s.Encode(), want) || s.Name != "redo-log" || len(s.Generations) != 2 || !s.Generations[1].Began.Equal(sample().Generations[1].Began) {
+	if !bytes.Equal(s.Encode(), want) || s.Name != "redo-log" || len(s.Generations) != 2 || !reflect.DeepEqual(s, sample()) {
 		t.Errorf("decoded %+v", s)
 	}
 	if s.MetadataOffset() != 1<<30 {
@@ -114,37 +119,92 @@ func TestDecodeRefuses(t *testing.T) {
 		b    []byte
 		want error
 	}{
-		"short":             {sample().Encode()[:4095], journal.ErrDamaged},
-		"zeroes":            {make([]byte, journal.SuperblockBytes), journal.ErrNoMagic},
-		"newer":             {change(8, 0, 0, 0, 2), journal.ErrNewer},
-		"newer with flags":  {change(8, 0, 0, 1, 0, 0xff, 0xff, 0xff, 0xff), journal.ErrNewer},
-		"version 0":         {change(8, 0, 0, 0, 0), journal.ErrDamaged},
-		"unknown flag":      {change(12, 0, 0, 0, 2), journal.ErrDamaged},
-		"no uuid":           {change(24, make([]byte, 16)...), journal.ErrDamaged},
-		"no name":           {change(40, make([]byte, 64)...), journal.ErrDamaged},
-		"name with gap":     {change(40, 'a', 0, 'b'), journal.ErrDamaged},
-		"name not UTF-8":    {change(40, 0xff, 0, 0, 0, 0, 0, 0, 0), journal.ErrDamaged},
-		"volume size 0":     {change(104, make([]byte, 8)...), journal.ErrDamaged},
-		"odd volume size":   {change(111, 1), journal.ErrDamaged},
-		"negative size":     {change(104, 0x80), journal.ErrDamaged},
-		"volume too large":  {change(104, 0x40), journal.ErrDamaged},
-		"metadata small":    {change(112, 0, 0, 0, 0, 0, 0, 0x10, 0), journal.ErrDamaged},
-		"metadata negative": {change(112, 0xff), journal.ErrDamaged},
-		"area negative":     {change(120, 0xff), journal.ErrDamaged},
-		"area overflows":    {change(120, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xf0, 0), journal.ErrDamaged},
-		"area odd":          {change(127, 1), journal.ErrDamaged},
-		"journal kind":      {change(155, 3), journal.ErrDamaged},
-		"generations":       {change(159, 33), journal.ErrDamaged},
-		"many generations":  {change(156, 0xff), journal.ErrDamaged},
-		"generation id 0":   {change(159, 3), journal.ErrDamaged},
-		"generation hidden": {change(159, 1), journal.ErrDamaged},
-		"reserved 160":      {change(160, 1), journal.ErrDamaged},
-		"reserved 255":      {change(255, 1), journal.ErrDamaged},
-		"reserved 1280":     {change(1280, 1), journal.ErrDamaged},
-		"reserved 4091":     {change(4091, 1), journal.ErrDamaged},
+		"short":               {sample().Encode()[:4095], journal.ErrDamaged},
+		"zeroes":              {make([]byte, journal.SuperblockBytes), journal.ErrNoMagic},
+		"newer":               {change(8, 0, 0, 0, 2), journal.ErrNewer},
+		"newer with flags":    {change(8, 0, 0, 1, 0, 0xff, 0xff, 0xff, 0xff), journal.ErrNewer},
+		"version 0":           {change(8, 0, 0, 0, 0), journal.ErrDamaged},
+		"unknown flag":        {change(12, 0, 0, 0, 4), journal.ErrDamaged},
+		"no uuid":             {change(24, make([]byte, 16)...), journal.ErrDamaged},
+		"no name":             {change(40, make([]byte, 64)...), journal.ErrDamaged},
+		"name with gap":       {change(40, 'a', 0, 'b'), journal.ErrDamaged},
+		"name not UTF-8":      {change(40, 0xff, 0, 0, 0, 0, 0, 0, 0), journal.ErrDamaged},
+		"volume size 0":       {change(104, make([]byte, 8)...), journal.ErrDamaged},
+		"odd volume size":     {change(111, 1), journal.ErrDamaged},
+		"negative size":       {change(104, 0x80), journal.ErrDamaged},
+		"volume too large":    {change(104, 0x40), journal.ErrDamaged},
+		"metadata small":      {change(112, 0, 0, 0, 0, 0, 0, 0x10, 0), journal.ErrDamaged},
+		"metadata negative":   {change(112, 0xff), journal.ErrDamaged},
+		"area negative":       {change(120, 0xff), journal.ErrDamaged},
+		"area overflows":      {change(120, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xf0, 0), journal.ErrDamaged},
+		"area odd":            {change(127, 1), journal.ErrDamaged},
+		"journal kind":        {change(155, 3), journal.ErrDamaged},
+		"generations":         {change(159, 33), journal.ErrDamaged},
+		"many generations":    {change(156, 0xff), journal.ErrDamaged},
+		"generation id 0":     {change(159, 3), journal.ErrDamaged},
+		"generation hidden":   {change(159, 1), journal.ErrDamaged},
+		"volume over 40 bits": {change(104, 0, 0x20), journal.ErrDamaged},
+		"ring offset":         {change(160, 0, 0, 0, 0, 0x40, 0, 0x10, 0), journal.ErrDamaged},
+		"ring offset high":    {change(160, 0x80), journal.ErrDamaged},
+		"ring small":          {change(168, 0, 0, 0, 0, 0, 0x3f, 0xf0, 0), journal.ErrDamaged},
+		"ring odd":            {change(175, 1), journal.ErrDamaged},
+		"ring negative":       {change(168, 0xff), journal.ErrDamaged},
+		"ring huge":           {change(168, 0x7f), journal.ErrDamaged},
+		"bitmap offset":       {change(184, 0, 0, 0, 0, 0x40, 0, 0x10, 0), journal.ErrDamaged},
+		"bitmap bytes":        {change(192, 0, 0, 0, 0, 0, 0, 0x40, 0), journal.ErrDamaged},
+		"bitmap negative":     {change(192, 0xff), journal.ErrDamaged},
+		"region":              {change(200, 0, 0, 0, 0, 0, 2, 0, 0), journal.ErrDamaged},
+		"region 0":            {change(200, make([]byte, 8)...), journal.ErrDamaged},
+		"data bytes":          {change(208, 0, 0, 0, 0, 0x40, 0, 0, 0), journal.ErrDamaged},
+		"zero offset":         {change(216, 0, 0, 0, 0, 0x40, 0, 2, 0), journal.ErrDamaged},
+		"zero odd":            {change(223, 1), journal.ErrDamaged},
+		"zero bytes":          {change(224, 0, 0, 0, 0, 0x40, 0, 0, 0), journal.ErrDamaged},
+		"zero overflows":      {change(224, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfe, 0), journal.ErrDamaged},
+		"zero negative":       {change(224, 0xff), journal.ErrDamaged},
+		"generation flag":     {change(256+39, 2), journal.ErrDamaged},
+		"reserved 240":        {change(240, 1), journal.ErrDamaged},
+		"reserved 255":        {change(255, 1), journal.ErrDamaged},
+		"reserved 1536":       {change(1536, 1), journal.ErrDamaged},
+		"reserved 4091":       {change(4091, 1), journal.ErrDamaged},
 	} {
 		if _, err := journal.Decode(c.b); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+}
+
+// TestValidateKinds: what goes with which kind of journal.
+func TestValidateKinds(t *testing.T) {
+	none := func(s *journal.Superblock) {
+		s.Journal, s.RingOffset, s.RingBytes, s.RingStamp = journal.KindNone, 0, 0, 0
+		s.AreaOffset, s.MetadataBytes = 1<<30+8192, 8192+1<<20
+	}
+	external := func(s *journal.Superblock) {
+		s.Journal, s.DataBytes = journal.KindExternal, 1<<30
+		s.BitmapOffset, s.RingOffset, s.AreaOffset = 0, 8192, 8192+4<<20
+	}
+	for name, c := range map[string]struct {
+		change []func(*journal.Superblock)
+		ok     bool
+	}{
+		"internal":          {nil, true},
+		"ring never used":   {[]func(*journal.Superblock){func(s *journal.Superblock) { s.RingStamp = 0 }}, true},
+		"none":              {[]func(*journal.Superblock){none}, true},
+		"none with stamp":   {[]func(*journal.Superblock){none, func(s *journal.Superblock) { s.RingStamp = 1 }}, false},
+		"none with ring":    {[]func(*journal.Superblock){func(s *journal.Superblock) { s.Journal = journal.KindNone }}, false},
+		"none with data":    {[]func(*journal.Superblock){none, func(s *journal.Superblock) { s.DataBytes = 1 << 30 }}, false},
+		"external":          {[]func(*journal.Superblock){external}, true},
+		"external, odd":     {[]func(*journal.Superblock){external, func(s *journal.Superblock) { s.DataBytes = 1<<30 + 512 }}, true},
+		"external, no data": {[]func(*journal.Superblock){external, func(s *journal.Superblock) { s.DataBytes = 0 }}, false},
+		"external, small":   {[]func(*journal.Superblock){external, func(s *journal.Superblock) { s.DataBytes = 1<<30 - 512 }}, false},
+		"internal at 0":     {[]func(*journal.Superblock){external, func(s *journal.Superblock) { s.Journal, s.DataBytes = journal.KindInternal, 0 }}, false},
+	} {
+		s := sample()
+		for _, change := range c.change {
+			change(s)
+		}
+		if err := s.Validate(); (err == nil) != c.ok {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -203,7 +263,7 @@ func TestNewUUID(t *testing.T) {
 
 // FuzzDecode: nothing panics, and what is accepted is written back as it was.
 func FuzzDecode(f *testing.F) {
-	f.Add(golden(f))
+	f.Add(golden(f, "superblock.hex"))
 	f.Add(make([]byte, journal.SuperblockBytes))
 	f.Add([]byte("RSHELFSB"))
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -28,30 +28,31 @@ type Daemon struct {
 
 // Volume is one volume. After Load every field holds a checked value; what was not given has its default.
 type Volume struct {
-	Name       string    `toml:"name"`        // fit for a file name
-	Backing    Backing   `toml:"backing"`     // where the content is kept
-	Size       Size      `toml:"size"`        // zero: what the backing gives
-	Memory     Size      `toml:"memory"`      // of the slots; a multiple of BlockBytes
-	MaxDirty   Size      `toml:"max_dirty"`   // bound of what is uncommitted
-	Ack        Ack       `toml:"ack"`         // when a write is answered
-	Flush      FlushMode `toml:"flush"`       // what FLUSH and FUA wait for
-	Staleness  Duration  `toml:"staleness"`   // longest epoch while the backing keeps up
-	Journal    Journal   `toml:"journal"`     // where the journal lies
-	Listen     []Listen  `toml:"listen"`      // at least one
-	SocketMode FileMode  `toml:"socket_mode"` // of the unix sockets of Listen
-	Force      bool      `toml:"force"`       // do what is otherwise refused for safety
-	Role       Role      `toml:"role"`        // empty: not given
+	Name           string    `toml:"name"`            // fit for a file name
+	Backing        Backing   `toml:"backing"`         // where the content is kept
+	Size           Size      `toml:"size"`            // zero: what the backing gives
+	Memory         Size      `toml:"memory"`          // of the slots; a multiple of BlockBytes
+	MaxDirty       Size      `toml:"max_dirty"`       // bound of what is uncommitted
+	Ack            Ack       `toml:"ack"`             // when a write is answered
+	Flush          FlushMode `toml:"flush"`           // what FLUSH and FUA wait for
+	Staleness      Duration  `toml:"staleness"`       // longest epoch while the backing keeps up
+	Journal        Journal   `toml:"journal"`         // where the journal lies; zero: as the backing says, internal on a new one
+	JournalSize    Size      `toml:"journal_size"`    // of a new journal; zero: twice MaxDirty
+	Holdup         Duration  `toml:"holdup"`          // how long the power lasts; zero: nobody knows
+	BackingTimeout Duration  `toml:"backing_timeout"` // silence after which the backing has failed
+	Listen         []Listen  `toml:"listen"`          // at least one
+	SocketMode     FileMode  `toml:"socket_mode"`     // of the unix sockets of Listen
+	Force          bool      `toml:"force"`           // do what is otherwise refused for safety
+	Role           Role      `toml:"role"`            // empty: not given
 
 	// What follows has no function yet; using it is refused.
 
-	Peer           string     `toml:"peer"`
-	PeerListen     string     `toml:"peer_listen"`
-	PeerTimeout    Duration   `toml:"peer_timeout"`
-	OnPeerLoss     OnPeerLoss `toml:"on_peer_loss"`
-	OnArbiterLoss  OnPeerLoss `toml:"on_arbiter_loss"`
-	Holdup         Duration   `toml:"holdup"`
-	BackingTimeout Duration   `toml:"backing_timeout"`
-	OnIOError      string     `toml:"on_io_error"`
+	Peer          string     `toml:"peer"`
+	PeerListen    string     `toml:"peer_listen"`
+	PeerTimeout   Duration   `toml:"peer_timeout"`
+	OnPeerLoss    OnPeerLoss `toml:"on_peer_loss"`
+	OnArbiterLoss OnPeerLoss `toml:"on_arbiter_loss"`
+	OnIOError     string     `toml:"on_io_error"`
 }
 
 // MaxPayloadBytes is the largest payload of one request: a power of two, so small that its slots can always be
@@ -108,7 +109,8 @@ func (v *Volume) addFlags(fs *pflag.FlagSet) {
 	text(&v.Ack, "ram|peer|disk", "ack", "when a write is answered (default disk, with a peer: peer)")
 	text(&v.Flush, "ack|disk", "flush", "what FLUSH and FUA wait for (default ack)")
 	text(&v.Staleness, "DURATION", "staleness", "longest time between two commits (default 1s)")
-	text(&v.Journal, "internal|none|BACKING", "journal", "where the journal lies (default none)")
+	text(&v.Journal, "internal|none|BACKING", "journal", "where the journal lies (default as the backing says, internal on a new one)")
+	text(&v.JournalSize, "SIZE", "journal-size", "size of a new journal (default twice --max-dirty)")
 	text(listenList{&v.Listen}, "LISTEN", "listen", "nbd://HOST:PORT/NAME or nbd+unix:///NAME?socket=PATH (repeatable)")
 	text(&v.SocketMode, "MODE", "socket-mode", "mode of unix sockets (default 0660)")
 	fs.BoolVar(&v.Force, "force", false, "do what is otherwise refused for safety")
@@ -118,8 +120,8 @@ func (v *Volume) addFlags(fs *pflag.FlagSet) {
 	text(&v.PeerTimeout, "DURATION", "peer-timeout", "silence after which the peer is lost (lands later)")
 	text(&v.OnPeerLoss, "step-down|continue|stop", "on-peer-loss", "what to do without the peer (lands later)")
 	text(&v.OnArbiterLoss, "step-down|continue|stop", "on-arbiter-loss", "what to do without the arbiter (lands later)")
-	text(&v.Holdup, "DURATION", "holdup", "time that the battery bridges (lands later)")
-	text(&v.BackingTimeout, "DURATION", "backing-timeout", "silence after which the backing has failed (lands later)")
+	text(&v.Holdup, "DURATION", "holdup", "time that the battery bridges: bounds what is uncommitted (default none)")
+	text(&v.BackingTimeout, "DURATION", "backing-timeout", "silence after which the backing has failed (default 30s)")
 	fs.StringVar(&v.OnIOError, "on-io-error", "", "what to do when the backing fails (lands later)")
 }
 
@@ -204,7 +206,7 @@ func (v *Volume) setDefaults() {
 	setDefault(&v.MaxDirty, v.Memory/3/BlockBytes*BlockBytes)
 	setDefault(&v.Flush, FlushAck)
 	setDefault(&v.Staleness, Duration(defaultStaleness))
-	setDefault(&v.Journal, Journal{Kind: JournalNone})
+	setDefault(&v.BackingTimeout, Duration(defaultBackingTimeout))
 	setDefault(&v.SocketMode, 0o660)
 	if v.Peer != "" {
 		setDefault(&v.Ack, AckPeer)

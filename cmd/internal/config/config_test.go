@@ -207,7 +207,7 @@ func TestDefaults(t *testing.T) {
 		t.Errorf("daemon = %+v", d)
 	}
 	if v.Memory != 256*mib || v.MaxDirty != 89477120 || v.Ack != AckDisk || v.Flush != FlushAck ||
-		time.Duration(v.Staleness) != time.Second || v.Journal.Kind != JournalNone || v.SocketMode != 0o660 || v.Size != 0 {
+		time.Duration(v.Staleness) != time.Second || v.Journal != (Journal{}) || time.Duration(v.BackingTimeout) != 30*time.Second || v.SocketMode != 0o660 || v.Size != 0 {
 		t.Errorf("volume = %+v", v)
 	}
 	if got := d.MemoryFile(v); got != "/dev/shm/ramshelf/vol.mem" {
@@ -285,11 +285,11 @@ func TestRefusedFlags(t *testing.T) {
 		{minimal("--on-peer-loss", "continue"), control.ExitFailed, "lands later"},
 		{minimal("--on-arbiter-loss", "continue"), control.ExitFailed, "lands later"},
 		{minimal("--role", "secondary"), control.ExitFailed, "lands later"},
-		{minimal("--holdup", "30s"), control.ExitFailed, "lands later"},
-		{minimal("--backing-timeout", "30s"), control.ExitFailed, "lands later"},
+		{minimal("--holdup", "25h"), control.ExitUsage, "holdup 25h0m0s is outside"},
+		{minimal("--backing-timeout", "1ms"), control.ExitUsage, "backing_timeout 1ms is outside"},
+		{minimal("--journal-size", "1M"), control.ExitUsage, "journal_size 1.0 MiB (1048576) is less than 4.0 MiB"},
 		{minimal("--on-io-error", "stop"), control.ExitFailed, "lands later"},
-		{minimal("--journal", "internal"), control.ExitFailed, "--journal internal: lands later"},
-		{minimal("--journal", "/dev/nvme0n1"), control.ExitFailed, "lands later"},
+		{minimal("--journal", "aoe:e1.0@eth1"), control.ExitFailed, "--journal aoe:e1.0@eth1: lands later"},
 		{minimal("--backing", "aoe:e1.0@eth1"), control.ExitFailed, "lands later"},
 		{minimal("--backing", "mirror:(/dev/sdb,/dev/sdc)"), control.ExitFailed, "lands later"},
 		{minimal("--listen", "aoe:e7.1@eth0"), control.ExitFailed, "lands later"},

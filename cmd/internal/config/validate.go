@@ -21,6 +21,12 @@ const (
 	defaultStaleness = time.Second
 	minStaleness     = time.Millisecond
 	maxStaleness     = time.Hour
+	minJournal       = 4 << 20
+	maxJournal       = 8 << 40
+
+	defaultBackingTimeout = 30 * time.Second
+	minBackingTimeout     = time.Second
+	maxHoldup             = 24 * time.Hour
 )
 
 // volumeName is what a volume may be called: names are parts of file names, URIs and metrics.
@@ -78,6 +84,12 @@ func (v *Volume) validate() error {
 	if s := time.Duration(v.Staleness); s < minStaleness || s > maxStaleness {
 		return control.Usage("", "volume %q: staleness %v is outside %v to %v", v.Name, s, minStaleness, maxStaleness)
 	}
+	if t := time.Duration(v.BackingTimeout); t < minBackingTimeout || t > maxStaleness {
+		return control.Usage("", "volume %q: backing_timeout %v is outside %v to %v", v.Name, t, minBackingTimeout, maxStaleness)
+	}
+	if h := time.Duration(v.Holdup); h < 0 || h > maxHoldup {
+		return control.Usage("", "volume %q: holdup %v is outside 0 to %v", v.Name, h, maxHoldup)
+	}
 	if v.SocketMode > 0o777 {
 		return control.Usage("write it as a string", "volume %q: socket_mode %v is no file mode", v.Name, v.SocketMode)
 	}
@@ -117,6 +129,7 @@ func (v *Volume) validateSizes() error {
 		{"size", v.Size, BlockBytes, maxSize, true},
 		{"memory", v.Memory, minMemory, maxSize, false},
 		{"max_dirty", v.MaxDirty, minMaxDirty, int64(v.Memory) / 3, false},
+		{"journal_size", v.JournalSize, minJournal, maxJournal, true},
 	} {
 		n := int64(s.value)
 		switch {
@@ -183,10 +196,8 @@ func (v *Volume) refuseLater() error {
 		{v.OnPeerLoss != "", "--on-peer-loss"},
 		{v.OnArbiterLoss != "", "--on-arbiter-loss"},
 		{v.Role == RoleSecondary, "--role secondary"},
-		{v.Holdup != 0, "--holdup"},
-		{v.BackingTimeout != 0, "--backing-timeout"},
 		{v.OnIOError != "", "--on-io-error"},
-		{v.Journal.Kind != JournalNone, "--journal " + v.Journal.String()},
+		{v.Journal.Backing.Kind == BackingAoE || v.Journal.Backing.Kind == BackingLayout, "--journal " + v.Journal.String()},
 		{v.Backing.Kind == BackingAoE || v.Backing.Kind == BackingLayout, "--backing " + v.Backing.String()},
 	} {
 		if s.used {

@@ -63,7 +63,8 @@ type VolumeStatus struct {
 	DirtyBytes            int64   `json:"dirty_bytes"`             // not yet home and synced
 	UncommittedBytes      int64   `json:"uncommitted_bytes"`       // lost if the RAM is lost now
 	UncommittedAgeSeconds float64 `json:"uncommitted_age_seconds"` // of the oldest uncommitted write
-	UncommittedLimitBytes int64   `json:"uncommitted_limit_bytes"` // max_dirty
+	UncommittedLimitBytes int64   `json:"uncommitted_limit_bytes"` // what may be uncommitted now
+	CommitSeconds         float64 `json:"commit_seconds"`          // how long committing it would take; 0 while no rate is known
 	FillRemainingBytes    int64   `json:"fill_remaining_bytes"`    // of the background fill
 	DrainRemainingBytes   int64   `json:"drain_remaining_bytes"`   // of a clean stop under way
 	LostBlocks            uint64  `json:"lost_blocks"`             // unreadable until rewritten
@@ -109,8 +110,13 @@ type BackingStatus struct {
 
 // JournalStatus is the journal of a volume.
 type JournalStatus struct {
-	Kind  string `json:"kind"` // none, internal or backing
-	Bytes int64  `json:"bytes"`
+	Kind                  string `json:"kind"`    // none, internal or external
+	Address               string `json:"address"` // of an external one, as it was given
+	Bytes                 int64  `json:"bytes"`
+	UsedBytes             int64  `json:"used_bytes"`               // not home yet, or not known to be
+	WrittenBytes          int64  `json:"written_bytes"`            // since the daemon started
+	BytesPerSecond        int64  `json:"bytes_per_second"`         // median of the last large commits; 0: there was none
+	SlowestBytesPerSecond int64  `json:"slowest_bytes_per_second"` // their first percentile
 }
 
 // Traffic counts requests of one kind since the daemon started.

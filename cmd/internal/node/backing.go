@@ -45,11 +45,43 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 		}
 		return c, nil
 	}
-	o := home.Options{Direct: true}
+	create := int64(0)
 	if v.Backing.Kind == config.BackingFile && v.Size > 0 {
-		o.CreateBytes = journal.CreateBytes(int64(v.Size))
+		switch v.Journal.Kind {
+		case config.JournalNone:
+			create = journal.CreateBytes(int64(v.Size), 0)
+		case config.JournalBacking:
+			create = int64(v.Size)
+		default:
+			create = journal.CreateBytes(int64(v.Size), ringBytes(v))
+		}
 	}
-	f, err := home.Open(v.Backing.Path, o)
+	return openHome(v.Backing.Path, create)
+}
+
+// openJournal opens and locks the backing of the journal of v, whose content lies on data. A missing file is made.
+func openJournal(ctx context.Context, v *config.Volume, data backing, log *slog.Logger) (backing, error) {
+	b := v.Journal.Backing
+	if b.Kind == config.BackingNBD {
+		c, err := dialBacking(ctx, b.URI, log)
+		if err != nil {
+			return nil, fmt.Errorf("open journal %s: %w", b, err)
+		}
+		return c, nil
+	}
+	create := int64(0)
+	if b.Kind == config.BackingFile {
+		volume := int64(v.Size)
+		if volume == 0 {
+			volume = data.Size()
+		}
+		create = journal.ExternalBytes(volume, ringBytes(v))
+	}
+	return openHome(b.Path, create)
+}
+
+func openHome(path string, createBytes int64) (backing, error) {
+	f, err := home.Open(path, home.Options{Direct: true, CreateBytes: createBytes})
 	if errors.Is(err, home.ErrBusy) {
 		return nil, control.Refused(err, "stop the daemon that serves it, or unmount it")
 	}

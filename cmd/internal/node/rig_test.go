@@ -36,7 +36,7 @@ type drive struct {
 }
 
 func newDrive() *drive {
-	return &drive{data: make([]byte, journal.CreateBytes(testSize)), writes: -1}
+	return &drive{data: make([]byte, journal.CreateBytes(testSize, testMemory/2)), writes: -1}
 }
 
 func (d *drive) set(change func()) {
@@ -115,6 +115,7 @@ func testConfig() *config.Volume {
 	return &config.Volume{
 		Name: "v", Size: testSize, Memory: testMemory, MaxDirty: testMemory / 4,
 		Ack: config.AckRAM, Flush: config.FlushAck, Staleness: config.Duration(time.Hour),
+		Journal: config.Journal{Kind: config.JournalInternal},
 	}
 }
 
@@ -132,8 +133,8 @@ func newRig(t *testing.T) *rig {
 
 func (r *rig) tryOpen() (*Volume, error) {
 	c := *r.config
-	v := &Volume{config: &c, log: slog.New(slog.DiscardHandler), backing: r.drive, stop: make(chan struct{})}
-	return v, v.open(r.daemon)
+	v := &Volume{config: &c, log: slog.New(slog.DiscardHandler), backing: r.drive, meta: r.drive, stop: make(chan struct{})}
+	return v, v.open(context.Background(), r.daemon)
 }
 
 func (r *rig) open() *Volume {

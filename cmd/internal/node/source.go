@@ -8,7 +8,8 @@ import (
 // source is the cache as the flusher sees it.
 type source struct {
 	*cache.Cache
-	versions []cache.Version
+	versions []cache.Version // of the way home
+	taken    []cache.Version // of the commits
 }
 
 // Zeroes appends the extents of the seal that must be zeroed at home.
@@ -20,6 +21,18 @@ func (s *source) Zeroes(dst []flush.Zero) []flush.Zero {
 // Next fills dst with the next versions of the seal.
 func (s *source) Next(dst []flush.Block) int {
 	return s.lend(dst, s.Cache.Next(s.room(len(dst))))
+}
+
+// Take fills dst with the next versions of the seal, for the journal.
+func (s *source) Take(dst []flush.Block) int {
+	if len(s.taken) < len(dst) {
+		s.taken = make([]cache.Version, len(dst))
+	}
+	n := s.Cache.Take(s.taken[:len(dst)])
+	for i, v := range s.taken[:n] {
+		dst[i] = flush.Block(v)
+	}
+	return n
 }
 
 // Bridge fills dst with clean neighbors.
