@@ -316,6 +316,7 @@ func populate(t testing.TB, m *machine, db database) []int {
 	}
 	// MariaDB's tables without transactions, its help for one, are synced by nobody.
 	run(t, "sync", "-f", m.point)
+	m.s.flush() // with ack = ram that is in RAM until then
 	return base
 }
 

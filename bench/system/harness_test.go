@@ -364,8 +364,8 @@ func detach(t testing.TB, dev string) {
 	if !ok {
 		return
 	}
-	if err := quietly("losetup", "-d", dev); err != nil {
-		t.Errorf("losetup -d %s: %v", dev, err)
+	if r := (command{limit: 10 * time.Second}).try(t, "losetup", "-d", dev); r.code != 0 {
+		t.Errorf("losetup -d %s: exit code %d %s", dev, r.code, r.stderr)
 		return // the janitor tries again
 	}
 	drop.(func())()
