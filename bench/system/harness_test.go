@@ -118,10 +118,11 @@ type result struct {
 
 // command is a tool to run: a name, arguments, and where they differ from the usual, the rest.
 type command struct {
-	env   []string
-	dir   string
-	files []*os.File // passed as descriptors 3 and on
-	limit time.Duration
+	env           []string
+	dir           string
+	stdin, stdout *os.File   // instead of nothing, and of a file that process.stdout reads
+	files         []*os.File // passed as descriptors 3 and on
+	limit         time.Duration
 }
 
 // run runs a tool that must succeed and returns what it printed.
@@ -188,6 +189,12 @@ func (c command) start(t testing.TB, name string, args ...string) *process {
 	defer stdout.Close()
 	defer stderr.Close()
 	p.cmd.Stdout, p.cmd.Stderr = stdout, stderr
+	if c.stdin != nil {
+		p.cmd.Stdin = c.stdin
+	}
+	if c.stdout != nil {
+		p.cmd.Stdout = c.stdout
+	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatalf("start %s: %v", name, err)
 	}
@@ -338,27 +345,30 @@ func mounted(point string) bool {
 	return strings.Contains(slurp("/proc/self/mounts"), " "+point+" ")
 }
 
+// attached has what takes each loop device of this process off the janitor's list.
+var attached sync.Map
+
 // loop makes a loop device of a file and sees to it that it is detached.
 func loop(t testing.TB, file string, flags ...string) string {
 	t.Helper()
 	dev := strings.TrimSpace(run(t, "losetup", append(flags, "-f", "--show", file)...))
-	drop := keep(keepLoop, dev)
-	t.Cleanup(func() {
-		detach(t, dev)
-		drop()
-	})
+	attached.Store(dev, keep(keepLoop, dev))
+	t.Cleanup(func() { detach(t, dev) })
 	return dev
 }
 
-// detach detaches a loop device, unless that was done before.
+// detach detaches a loop device, unless that was done before: by now its number may be somebody else's.
 func detach(t testing.TB, dev string) {
 	t.Helper()
-	if quietly("losetup", dev) != nil {
+	drop, ok := attached.LoadAndDelete(dev)
+	if !ok {
 		return
 	}
-	if err := quietly("losetup", "-d", dev); err != nil {
-		t.Errorf("losetup -d %s: %v", dev, err)
+	if r := (command{limit: 10 * time.Second}).try(t, "losetup", "-d", dev); r.code != 0 {
+		t.Errorf("losetup -d %s: exit code %d %s", dev, r.code, r.stderr)
+		return // the janitor tries again
 	}
+	drop.(func())()
 }
 
 // fuseDisk shows the export at the URI as a file, through nbdfuse (recipe R1), until unmount is called or the test

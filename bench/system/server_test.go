@@ -266,6 +266,7 @@ type nbdkit struct {
 	t    testing.TB
 	dir  string
 	args []string // plugin with parameters, filters before it
+	env  []string
 	file string
 	p    *process
 }
@@ -296,7 +297,7 @@ func (s *nbdkit) pid() int       { return s.p.pid() }
 func (s *nbdkit) start() {
 	s.t.Helper()
 	os.Remove(s.socket())
-	s.p = command{}.start(s.t, "nbdkit", append([]string{"-f", "-U", s.socket()}, s.args...)...)
+	s.p = command{env: s.env}.start(s.t, "nbdkit", append([]string{"-f", "-U", s.socket()}, s.args...)...)
 	eventually(s.t, 10*time.Second, "nbdkit listens", func() bool {
 		if s.p.ended() {
 			s.t.Fatalf("nbdkit: %s", s.p.stderr())
