@@ -148,7 +148,7 @@ func (c *conn) logEnd(err error) {
 // transmit serves the transmission phase.
 func (c *conn) transmit() error {
 	c.outbox.init(c.terms.mode)
-	c.readFunc, c.writeFunc = c.read.readv, c.write.writev
+	c.readFunc, c.writeFunc = c.readOrFlush, c.write.writev
 	c.nc.SetDeadline(noDeadline)
 	var writer sync.WaitGroup
 	writer.Go(c.runWriter)
