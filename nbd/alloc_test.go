@@ -23,6 +23,7 @@ func TestAllocs(t *testing.T) {
 		{"structured reads", 1, false, false, func(p *peer) []byte { return p.request(cmdRead, 0, 0, 4096) }, 28 + 4096},
 		{"extended reads", 2, false, false, func(p *peer) []byte { return p.request(cmdRead, 0, 512, 7000) }, 40 + 7000},
 		{"writes", 0, false, false, func(p *peer) []byte { return p.request(cmdWrite, 0, 0, 4096, make([]byte, 4096)) }, 16},
+		{"writes in place", 0, false, false, func(p *peer) []byte { return p.request(cmdWrite, 0, 0, 64<<10, make([]byte, 64<<10)) }, 16},
 		{"large writes", 0, false, false, func(p *peer) []byte { return p.request(cmdWrite, 0, 0, 1<<20, make([]byte, 1<<20)) }, 16},
 		{"staged writes", 1, true, false, func(p *peer) []byte { return p.request(cmdWrite, 0, 0, 4096, make([]byte, 4096)) }, 16},
 		{"flushes", 1, false, false, func(p *peer) []byte { return p.request(cmdFlush, 0, 0, 0) }, 16},

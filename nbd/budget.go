@@ -17,12 +17,27 @@ type budgetWaiter struct {
 	ready chan struct{} // closed when the bytes are granted
 }
 
+// tryAcquire takes n bytes if that needs no waiting. It reports false when it took nothing.
+func (b *budget) tryAcquire(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.take(n)
+}
+
+// take is tryAcquire for who holds b.mu.
+func (b *budget) take(n int64) bool {
+	if len(b.waiters) > 0 || b.free < n {
+		return false
+	}
+	b.free -= n
+	return true
+}
+
 // acquire takes n bytes, waiting for its turn. It reports false when done was closed first; then it took nothing.
 // n must not exceed the whole budget.
 func (b *budget) acquire(n int64, done <-chan struct{}) bool {
 	b.mu.Lock()
-	if len(b.waiters) == 0 && b.free >= n {
-		b.free -= n
+	if b.take(n) {
 		b.mu.Unlock()
 		return true
 	}

@@ -120,8 +120,10 @@ func (c *conn) serve() {
 	defer close(c.gone)
 	err := c.negotiate()
 	if err == nil {
+		c.export.clients.Add(1)
 		err = c.transmit()
 		c.linger(err)
+		c.export.clients.Add(-1)
 	}
 	c.stop()
 	if c.session != nil {
@@ -148,7 +150,7 @@ func (c *conn) logEnd(err error) {
 // transmit serves the transmission phase.
 func (c *conn) transmit() error {
 	c.outbox.init(c.terms.mode)
-	c.readFunc, c.writeFunc = c.read.readv, c.write.writev
+	c.readFunc, c.writeFunc = c.readOrFlush, c.write.writev
 	c.nc.SetDeadline(noDeadline)
 	var writer sync.WaitGroup
 	writer.Go(c.runWriter)

@@ -351,25 +351,76 @@ func TestStalls(t *testing.T) {
 	}
 }
 
-// TestTricklingHoldsNoRoom: while a payload that fits the receive buffer is on its way, nothing of the device is
-// taken for it.
-func TestTricklingHoldsNoRoom(t *testing.T) {
-	s := serve(t, newDevice(), nbd.Options{})
-	p, other := s.dial().enter(0, "vol"), s.dial().enter(0, "vol")
-	data := pattern(9, 256<<10)
-	b := p.request(cmdWrite, 0, 0, uint64(len(data)), data)
-	p.send(b[:len(b)-1])
-	for range 5 {
-		other.mustRead(0, make([]byte, 4096))
+// TestTricklingHoldsLittleRoom: while a short payload is on its way, nothing of the device is taken for it, and for longer
+// ones no more than one largest payload; nobody waits for those that hold it.
+func TestTricklingHoldsLittleRoom(t *testing.T) {
+	tests := []struct {
+		name        string
+		size, holds int
+	}{
+		{"short", 31 << 10, 0},
+		{"longer", 256 << 10, 4},
 	}
-	if n := s.device.Reserved.Load(); n != 0 {
-		t.Errorf("%d writes reserved before their payload was there", n)
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDevice()
+			s := serveExports(t, nbd.Options{}, &nbd.Export{Name: "vol", Device: d, MaxPayload: 1 << 20})
+			var slow []*peer
+			data := pattern(9, tt.size)
+			for i := range 8 {
+				p := s.dial().enter(0, "vol")
+				p.send(p.request(cmdWrite, 0, uint64(i)<<20, uint64(tt.size), data[:tt.size-1]))
+				slow = append(slow, p)
+			}
+			eventually(t, "the room taken", func() bool { return int(d.Reserved.Load()) == tt.holds })
+			other := s.dial().enter(0, "vol")
+			for i := range 5 {
+				other.mustWrite(8<<20, pattern(byte(i), 64<<10))
+				other.mustRead(8<<20, pattern(byte(i), 64<<10))
+			}
+			if n := int(d.Reserved.Load()); n != tt.holds+5 {
+				t.Errorf("%d writes reserved before their payload was there, want %d", n-5, tt.holds)
+			}
+			for i, p := range slow {
+				p.send(data[tt.size-1:])
+				if err := p.expectStatus(); err != 0 {
+					t.Fatal(err)
+				}
+				p.mustRead(uint64(i)<<20, data)
+			}
+		})
 	}
-	p.send(b[len(b)-1:])
-	if err := p.expectStatus(); err != 0 {
-		t.Fatal(err)
+}
+
+// TestInPlace: what arrives together with the end of a payload that is received in place is not lost.
+func TestInPlace(t *testing.T) {
+	d := newDevice()
+	d.NoRoom = func(r *nbd.Request) bool { return r.Offset >= 8<<20 }
+	s := serve(t, d, nbd.Options{})
+	for _, offset := range []uint64{0, 1000, 8 << 20} {
+		for _, cut := range []int{28, 29, 4096, 40 << 10} {
+			for _, size := range []int{32 << 10, 100_000, 320 << 10, 1 << 20} {
+				p := s.dial().enter(0, "vol")
+				data, at := pattern(byte(cut), 3*size+10_000), offset
+				next := func(n int) []byte {
+					b := p.request(cmdWrite, 0, at, uint64(n), data[:n])
+					data, at = data[n:], at+uint64(n)
+					return b
+				}
+				all := data
+				first := next(size)
+				k := min(cut, len(first)-1)
+				p.send(first[:k])
+				p.send(bytes.Join([][]byte{first[k:], next(size), next(10_000), next(size)}, nil))
+				for range 4 {
+					if c := p.chunk(); c.errno != 0 {
+						t.Fatal(syscall.Errno(c.errno))
+					}
+				}
+				p.mustRead(offset, all)
+			}
+		}
 	}
-	p.mustRead(0, data)
 }
 
 // TestSlowPayload: the client of a large payload that trickles is cut when, and only when, others wait for their

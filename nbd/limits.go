@@ -34,6 +34,9 @@ const (
 	// receiveBufferBytes is the receive buffer of a busy connection: a payload of 256 KiB with its header, and
 	// more than a stock socket buffer holds, so that one read takes everything.
 	receiveBufferBytes = 320 << 10
+	// inPlaceBytes is from which length on a payload that has not arrived in full is received straight into the room
+	// of the device: the copy that this saves costs more than a read of so many pieces.
+	inPlaceBytes = 32 << 10
 	// headerArenaBytes holds the headers of the replies of one gathered write.
 	headerArenaBytes = 8 << 10
 	// maxIovecs is the most pieces of one writev or readv (UIO_MAXIOV).

@@ -83,14 +83,19 @@ func (c *conn) handlePayload(h *header, n uint64) error {
 		return c.answer(h, err)
 	}
 	switch {
+	case c.end-c.start >= whole:
+		return c.writeBuffered(h, c.buffer[c.start+head:c.start+whole])
 	case whole > receiveBufferBytes:
-		c.start += head
 		return c.writeLarge(h)
-	case c.end-c.start < whole:
-		c.want = whole
-		return nil
+	case n >= inPlaceBytes && c.quota(heldBytes(h)) && c.export.receiving.tryAcquire(int64(n)):
+		r, err := c.take(h) // without waiting: the quota has room
+		if err != nil {
+			return err
+		}
+		return c.writeInPlace(r)
 	}
-	return c.writeBuffered(h, c.buffer[c.start+head:c.start+whole])
+	c.want = whole
+	return nil
 }
 
 // advance passes the first n bytes of the buffer.
@@ -158,21 +163,29 @@ func (c *conn) abandon(r *Request, reserved bool) {
 	}
 }
 
-// writeLarge does a WRITE whose payload does not fit the buffer: it is received in place. The bytes of all such
-// payloads of an export have a budget, which is given to one after the other.
+// writeLarge does a WRITE whose payload does not fit the buffer: it waits for its turn to be received in place.
 func (c *conn) writeLarge(h *header) error {
 	r, err := c.take(h)
 	if err != nil {
 		return err
 	}
-	n := int64(h.length)
-	c.pause()
-	granted := c.export.receiving.acquire(n, c.stopped)
-	c.resume()
-	if !granted {
-		return errStopped
+	if n := int64(h.length); !c.export.receiving.tryAcquire(n) {
+		c.pause()
+		if !c.export.receiving.acquire(n, c.stopped) {
+			return errStopped
+		}
+		c.resume()
 	}
-	defer c.export.receiving.release(n)
+	return c.writeInPlace(r)
+}
+
+// writeInPlace does a WRITE whose payload is received straight into the room of the device: what of it is in the buffer
+// is copied, the rest is not. Its bytes have been taken of the export's budget for that, which bounds the room that clients
+// hold while they send, and are given back.
+func (c *conn) writeInPlace(r *Request) error {
+	n := int(r.Length)
+	defer c.export.receiving.release(int64(n))
+	c.start += c.terms.requestBytes()
 	reserved := c.export.Device.Reserve(r)
 	pieces := r.Dest
 	if !reserved {
@@ -181,7 +194,9 @@ func (c *conn) writeLarge(h *header) error {
 		}
 		pieces = [][]byte{r.Payload}
 	}
-	if err = c.receivePieces(pieces, int(h.length)); err == nil {
+	err := c.receivePieces(pieces, n)
+	if err == nil {
+		c.gathered += n
 		err = c.submit(r)
 	}
 	if err != nil {
@@ -190,27 +205,30 @@ func (c *conn) writeLarge(h *header) error {
 	return err
 }
 
-// receivePieces fills pieces with the n bytes that come next.
+// receivePieces fills pieces with the n bytes that come next. What has arrived behind them goes into the buffer by the
+// same read.
 func (c *conn) receivePieces(pieces [][]byte, n int) error {
-	c.pause()
-	defer c.resume()
 	c.watch.startPayload(c.srv.now())
 	defer c.watch.endPayload()
 	at := payloadCursor{pieces: pieces}
-	left := n
-	// The payload does not fit the buffer, so all that is in the buffer belongs to it.
+	// Not all of the payload is in the buffer, so all that is in the buffer belongs to it.
 	at.copy(c.buffer[c.start:c.end])
-	left -= c.end - c.start
+	left := n - (c.end - c.start)
 	c.start, c.end = 0, 0
 	for left > 0 {
 		c.read.iovecs = at.appendIovecs(c.read.iovecs[:0])
+		if len(at.pieces) <= maxReadPieces {
+			c.read.iovecs = append(c.read.iovecs, iovec(c.buffer))
+		}
 		got, err := c.readOnce(true)
 		if err != nil {
 			return err
 		}
-		c.watch.received(got)
-		at.skip(got)
-		left -= got
+		direct := min(got, left)
+		c.watch.received(direct)
+		at.skip(direct)
+		left -= direct
+		c.filled(got - direct)
 	}
 	return nil
 }
@@ -265,7 +283,6 @@ func (c *conn) discard(n int) error {
 		if err := c.receive(true); err != nil {
 			return err
 		}
-		c.batching.Store(true)
 	}
 }
 
@@ -279,11 +296,16 @@ func (c *conn) receive(within bool) error {
 	if err != nil {
 		return err
 	}
+	c.filled(n)
+	return nil
+}
+
+// filled takes note of n bytes that were received behind what is in the buffer. A full one was too small.
+func (c *conn) filled(n int) {
 	c.end += n
 	if c.end == len(c.buffer) && len(c.buffer) < receiveBufferBytes {
 		c.growBuffer()
 	}
-	return nil
 }
 
 // makeRoom moves what has not been handled to the start of the buffer, which grows where more is wanted.
@@ -308,6 +330,15 @@ func (c *conn) growBuffer() {
 	c.buffer = b
 }
 
+// readOrFlush is c.read.readv, and sends what has been gathered where it has to wait.
+func (c *conn) readOrFlush(fd uintptr) bool {
+	if c.read.readv(fd) {
+		return true
+	}
+	c.flush()
+	return false
+}
+
 // readOnce waits for bytes and reads them into c.read.iovecs. Within a message the client must not stall. It
 // returns io.EOF where the client has ended its direction.
 func (c *conn) readOnce(within bool) (int, error) {
@@ -319,7 +350,7 @@ func (c *conn) readOnce(within bool) (int, error) {
 	}
 	err := c.raw.Read(c.readFunc)
 	c.watch.goesOn()
-	c.alive = false
+	c.resume()
 	switch {
 	case err != nil:
 		return 0, c.receiveError(err)

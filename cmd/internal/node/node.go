@@ -431,7 +431,7 @@ func (v *Volume) retire(ctx context.Context) error {
 			err = errors.Join(v.left(), v.arena.Close(), v.closeBackings())
 			return
 		}
-		v.superblock.Clean, v.superblock.Committed = true, v.arena.Published()
+		v.superblock.Clean, v.superblock.Committed = true, v.lastCommitted()
 		err = await(ctx, func() error { return v.superblock.Store(v.meta, time.Now()) })
 		switch {
 		case errors.Is(err, flush.ErrInFlight):
@@ -442,6 +442,15 @@ func (v *Volume) retire(ctx context.Context) error {
 		}
 	})
 	return err
+}
+
+// lastCommitted is the number that a volume that is stopped cleanly goes on from: what its ring says, which the next start holds
+// the superblock against, or without one the last that was issued.
+func (v *Volume) lastCommitted() uint64 {
+	if noted, ok := v.arena.Journal(); ok && v.superblock.Journal != journal.KindNone {
+		return noted.Committed
+	}
+	return v.arena.Published()
 }
 
 // left says what of a volume is not home.

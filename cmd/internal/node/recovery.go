@@ -54,11 +54,7 @@ func (v *Volume) resume(ctx context.Context) (recovery, error) {
 	s := v.superblock
 	noted, ok := v.arena.Journal()
 	if ok && noted.Stamp == s.RingStamp {
-		st, err := journal.ResumeAt(v.meta, s, journal.RingState(noted))
-		if err == nil {
-			// A run that was found and not noted may be in a cache of the disk.
-			err = v.meta.Sync()
-		}
+		st, err := journal.ResumeAt(v.meta, s, journal.RingState(noted)) // and syncs: a run that was not noted may be in a cache
 		return recovery{state: st, seal: st.Committed, warm: true}, v.refused(err)
 	}
 	rec, err := journal.Scan(ctx, v.meta, s, nil)
