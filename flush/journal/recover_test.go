@@ -12,9 +12,9 @@ import (
 // exactly the state at the last durable seal or at the one that was being committed, also when it is itself cut and
 // run again, and so does a start whose new ring was written and whose superblock was not.
 func TestRecoverModel(t *testing.T) {
-	seeds := 24
+	seeds := 16
 	if testing.Short() {
-		seeds = 8
+		seeds = 5
 	}
 	travel, torn, whole, again := 0.0, 0, 0, 0
 	for seed := range uint64(seeds) {

@@ -69,14 +69,14 @@ func TestScanBitFlips(t *testing.T) {
 		var places []int
 		for i := range 4096 {
 			// The headers' fields and entries, and their checksum; of data and of what must be zero, samples.
-			if i < 128+3*24 || i >= 4088 || i%193 == 0 {
+			if (i < 128+3*24 || i >= 4088) && (!testing.Short() || i%5 == 0) || i%193 == 0 {
 				places = append(places, i)
 			}
 		}
 		for i, place := range places {
 			l.log.now[at+place] ^= 1 << (i % 8)
 			copy(l.home.now, home)
-			for _, committed := range []uint64{0, 101, 102} {
+			for _, committed := range []uint64{0, 102} {
 				l.s.Committed = committed
 				rec, err := l.scan()
 				var refused *journal.RefusedError
@@ -288,7 +288,7 @@ func subsets(t *testing.T, m *media, fn func(kept int, c *media)) {
 // a whole, which then may hold itself.
 func TestPowerCutExhaustive(t *testing.T) {
 	small := []entry{block(2, 0x02, 21), zero(7, 1, 22), block(8, 0xff, 23)}
-	large := []entry{block(2, 0x04, 31), block(3, 0xff, 32), block(4, 0x0f, 33), block(9, 0xff, 34), block(10, 0xff, 35), zero(11, 2, 36)}
+	large := []entry{block(2, 0x04, 31), block(3, 0xff, 32), block(4, 0x0f, 33), block(9, 0xff, 34), zero(11, 2, 36)}
 	same := slices.Clone(large) // another attempt at the same seal
 	for i := range same {
 		same[i].number += 10
@@ -302,8 +302,8 @@ func TestPowerCutExhaustive(t *testing.T) {
 		102: {historyAt(102)},
 		110: {with(map[int]string{2: "14 21 11", 7: "0", 8: "23"})},
 		120: {
-			with(map[int]string{2: "14 11 31 11", 3: "32", 4: "33 15", 9: "34", 10: "35", 11: "0", 12: "0"}),
-			with(map[int]string{2: "14 11 41 11", 3: "42", 4: "43 15", 9: "44", 10: "45", 11: "0", 12: "0"}),
+			with(map[int]string{2: "14 11 31 11", 3: "32", 4: "33 15", 9: "34", 11: "0", 12: "0"}),
+			with(map[int]string{2: "14 11 41 11", 3: "42", 4: "43 15", 9: "44", 11: "0", 12: "0"}),
 		},
 	}
 	for name, c := range map[string]struct {
