@@ -181,8 +181,8 @@ func (c *Cache) Synced() {
 	p := &c.pass
 	c.unpinBridges()
 	// Extents go first: while a newer block in the range of one is dirty, nothing depends on which of the two is found.
+	c.reap(p.zeroes)
 	for _, e := range p.zeroes {
-		c.reap(e)
 		c.pub.Lock()
 		c.zeroes.remove(e.number)
 		c.pub.Unlock()
@@ -223,19 +223,30 @@ func (c *Cache) turnClean(s uint32, gone []uint32) []uint32 {
 	return gone
 }
 
-// reap drops every version that an extent superseded, whichever set has it, so that the extent may be forgotten.
-func (c *Cache) reap(e extent) {
-	if e.end-e.first <= uint64(len(c.arena.Headers)) {
-		for block := e.first; block < e.end; block++ {
-			c.reapBlock(block, e.number)
+// reap drops every version that one of the extents, oldest first, superseded, whichever set has it, so that they may be
+// forgotten: block by block where they are short, else in one walk over the headers.
+func (c *Cache) reap(extents []extent) {
+	var newest []segment
+	total := uint64(0)
+	for _, e := range extents {
+		newest = overlay(newest, segment(e))
+		total += e.end - e.first
+	}
+	if total <= uint64(len(c.arena.Headers)) {
+		for _, e := range newest {
+			for block := e.first; block < e.end; block++ {
+				c.reapBlock(block, e.number)
+			}
 		}
 		return
 	}
 	for s := range c.arena.Headers {
 		h := &c.arena.Headers[s]
 		block := h.Block.Load() & blockMask
-		if n := h.Number.Load(); n != 0 && n < e.number && block >= e.first && block < e.end {
-			c.reapBlock(block, e.number)
+		if n := h.Number.Load(); n != 0 {
+			if z := coveringIn(newest, block); z > n {
+				c.reapBlock(block, z)
+			}
 		}
 	}
 }

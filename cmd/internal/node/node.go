@@ -200,6 +200,10 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 			return recovery{}, fmt.Errorf("make room for the metadata: %w", err)
 		}
 	}
+	if want := ringBytes(v.config); found.Adopted && found.Geometry.RingBytes > 0 && found.Geometry.RingBytes < want {
+		v.log.Warn("the backing leaves less room for the journal than what may be uncommitted asks for: writes will be paced sooner",
+			"journal", config.FormatBytes(found.Geometry.RingBytes), "wanted", config.FormatBytes(want))
+	}
 	if memory.kept {
 		// The memory has room for two stamps. That of the backing may be the second one, announced by a start that failed:
 		// once it is there for good it becomes the first, and the next start that fails takes nothing away.
