@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/ramshelf/ramshelf/cache"
 )
@@ -178,13 +179,19 @@ func TestPowerCut(t *testing.T) {
 			var both, sweeper sync.WaitGroup
 			both.Go(func() {
 				defer close(wake)
+				looked := -1
 				for {
 					select {
 					case <-stop:
 						return
 					default:
 					}
-					_, ended := h.counts()
+					begun, ended := h.counts()
+					if begun == looked && !v.PressedToCommit() {
+						time.Sleep(100 * time.Microsecond)
+						continue
+					}
+					looked = begun
 					v.commitAs(ended, func() int { begun, _ := h.counts(); return begun })
 					data, last := v.recovered()
 					if !h.matches(data, last.lo, last.hi) {
