@@ -166,7 +166,7 @@ func (h *history) matches(data []byte, lo, hi int) bool {
 // TestPowerCut lets commits and sweeps run beside a client and looks again and again at what a loss of the memory would leave:
 // exactly the state at the newest committed seal.
 func TestPowerCut(t *testing.T) {
-	const size = 16 << 20
+	const size = 12 << 20
 	for seed := range uint64(seeds()) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			v := newVolume(t, size, testMemory, func(cfg *cache.Config) { cfg.Journaled, cfg.Commits = true, seed%2 == 1 })
@@ -209,9 +209,9 @@ func TestPowerCut(t *testing.T) {
 				}
 			})
 			c, r := v.client(), rand.New(rand.NewPCG(seed, 3))
-			steps := 400
+			steps := 200
 			if testing.Short() {
-				steps = 80
+				steps = 60
 			}
 			for step := 0; step < steps && !t.Failed(); step++ {
 				n := (1 + r.Int64N(24)) * 4096
@@ -222,7 +222,7 @@ func TestPowerCut(t *testing.T) {
 				var err error
 				if r.IntN(8) == 0 {
 					if r.IntN(4) == 0 {
-						n = min(size-off, 1+r.Int64N(4<<20))
+						n = min(size-off, 1+r.Int64N(3<<20))
 					}
 					h.begin(func(b []byte) { clear(b[off : off+n]) })
 					err = c.zero(off, n)
