@@ -3,7 +3,7 @@ package cache
 import "slices"
 
 // sortSlots bounds how many slots are sorted at once, and so the memory that a commit or a sweep needs whatever its size.
-const sortSlots = 1 << 16
+const sortSlots = 1 << 18
 
 type keyed struct {
 	block uint64
