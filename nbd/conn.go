@@ -120,8 +120,10 @@ func (c *conn) serve() {
 	defer close(c.gone)
 	err := c.negotiate()
 	if err == nil {
+		c.export.clients.Add(1)
 		err = c.transmit()
 		c.linger(err)
+		c.export.clients.Add(-1)
 	}
 	c.stop()
 	if c.session != nil {

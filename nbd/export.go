@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/bits"
 	"strings"
+	"sync/atomic"
 	"unicode/utf8"
 )
 
@@ -48,6 +49,7 @@ type export struct {
 	// cannot hold all its room: one largest payload.
 	receiving budget
 	sessions  sessions
+	clients   atomic.Int64 // connections in the transmission phase
 }
 
 func newExport(e *Export) (*export, error) {

@@ -109,6 +109,18 @@ func (s *Server) AddExport(e *Export) error {
 	return nil
 }
 
+// Clients is how many connections to the export of that name, exactly, are past their handshake.
+func (s *Server) Clients(name string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, x := range s.exports {
+		if x.Name == name {
+			return int(x.clients.Load())
+		}
+	}
+	return 0
+}
+
 func (s *Server) findExport(name string) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -167,6 +167,22 @@ func TestPlaces(t *testing.T) {
 	})
 }
 
+// TestClients: connections count for their export while they are in the transmission phase.
+func TestClients(t *testing.T) {
+	s := serveExports(t, nbd.Options{}, &nbd.Export{Name: "a", Device: newDevice()}, &nbd.Export{Name: "b", Device: newDevice()})
+	s.dial().greet(3)
+	one, two, three := s.dial().enter(0, "a"), s.dial().enter(1, "a"), s.dial().enter(2, "b")
+	clients := func(a, b int) func() bool {
+		return func() bool { return s.Clients("a") == a && s.Clients("b") == b && s.Clients("") == 0 }
+	}
+	eventually(t, "two clients and one", clients(2, 1))
+	one.send(one.request(cmdDisc, 0, 0, 0))
+	two.Close()
+	eventually(t, "none and one", clients(0, 1))
+	three.Close()
+	eventually(t, "none", clients(0, 0))
+}
+
 // TestHandshakeTimeout bounds the whole handshake, however busy the client is.
 func TestHandshakeTimeout(t *testing.T) {
 	s := serve(t, newDevice(), nbd.Options{HandshakeTimeout: 100 * time.Millisecond})

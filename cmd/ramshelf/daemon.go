@@ -59,10 +59,17 @@ type volume struct {
 	*node.Volume
 	config  *config.Volume
 	exports []string // as URIs
+	served  []served
 
 	mu   sync.RWMutex          // guards last, and that nobody asks Volume for its status once that is set
 	last *control.VolumeStatus // what was known when the drain began
 	left atomic.Int64          // bytes that the drain has still to bring home
+}
+
+// served is an export of a volume.
+type served struct {
+	server *nbd.Server
+	name   string
 }
 
 // status is live until the drain begins, which ends with a volume that is no longer there to be asked.
@@ -72,6 +79,9 @@ func (v *volume) status() control.VolumeStatus {
 	if v.last == nil {
 		s := v.Status()
 		s.Exports = v.exports
+		for _, x := range v.served {
+			s.Clients += x.server.Clients(x.name)
+		}
 		return s
 	}
 	s, left := *v.last, v.left.Load()
@@ -199,9 +209,11 @@ func (d *daemon) address(l config.Listen) *address {
 // export adds v to the servers of its addresses.
 func (d *daemon) export(v *volume) error {
 	for _, l := range v.config.Listen {
-		if err := d.address(l).server.AddExport(v.Export(l.Export)); err != nil {
+		server := d.address(l).server
+		if err := server.AddExport(v.Export(l.Export)); err != nil {
 			return err
 		}
+		v.served = append(v.served, served{server, l.Export})
 		v.exports = append(v.exports, l.URI())
 	}
 	return nil

@@ -156,6 +156,14 @@ func TestServeStatusFlushStop(t *testing.T) {
 		}
 	}
 	greet(t, "unix", at.socket)
+	client, err := nbd.Dial(t.Context(), "nbd+unix:///vol?socket="+at.socket, nbd.ClientOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	if _, err := client.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
+	}
 
 	code, stdout, stderr := cli("status", "--json", "--control", at.control)
 	var s control.Status
@@ -165,7 +173,7 @@ func TestServeStatusFlushStop(t *testing.T) {
 	v := s.Volumes[0]
 	if s.PID != d.cmd.Process.Pid || len(s.Volumes) != 1 || v.Name != "vol" || v.Role != control.RolePrimary ||
 		v.State != control.StateOK || v.Ack != "ram" || v.AckInForce != "ram" || v.SizeBytes != 16<<20 || v.MemoryBytes != 8<<20 ||
-		v.Peer != nil || v.Backing.State != control.BackingOK || len(v.Exports) != 1 {
+		v.Peer != nil || v.Backing.State != control.BackingOK || len(v.Exports) != 1 || v.Clients != 1 {
 		t.Errorf("status: %s", stdout)
 	}
 	for _, c := range []struct {
@@ -173,7 +181,7 @@ func TestServeStatusFlushStop(t *testing.T) {
 		code control.ExitCode
 		want string
 	}{
-		{[]string{"status"}, control.ExitDone, "vol role:Primary state:ok ack:ram"},
+		{[]string{"status"}, control.ExitDone, "vol role:Primary state:ok ack:ram clients:1"},
 		{[]string{"status", "vol"}, control.ExitDone, "disk:UpToDate size:16 MiB"},
 		{[]string{"status", "other"}, control.ExitNoVolume, "hint: it serves vol"},
 		{[]string{"flush"}, control.ExitDone, ""},
