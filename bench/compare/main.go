@@ -51,7 +51,7 @@ func main() {
 	flag.StringVar(&o.floor, "floor", "", "`PATH` of the floor server (default: built from ./bench/floor)")
 	flag.StringVar(&o.dir, "dir", "/dev/shm", "`DIR` on a tmpfs for disks, sockets and memory")
 	flag.Int64Var(&o.sizeMiB, "size-mib", 512, "size of each device in MiB")
-	flag.Int64Var(&o.memoryMiB, "memory-mib", 0, "ramshelf's memory in MiB (default 6 × size)")
+	flag.Int64Var(&o.memoryMiB, "memory-mib", 0, "ramshelf's memory in MiB (default 7 × size)")
 	flag.Int64Var(&o.hotMiB, "hot-mib", 0, "memory of ramshelf's hot-set variant in MiB (default size ÷ 4)")
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, quick 1)")
 	flag.DurationVar(&o.duration, "time", 0, "duration of each job in each round (default 1s, quick 400ms)")
@@ -92,8 +92,9 @@ func (o options) withDefaults() options {
 		o.duration = duration
 	}
 	if o.memoryMiB == 0 {
-		// An epoch may have a sixth of the memory before writes are paced at the speed of home: the whole device.
-		o.memoryMiB = o.sizeMiB * 6
+		// Writes are paced at the speed of home once an epoch and the requests in flight have a sixth of the memory: that
+		// is the whole device and something beside it.
+		o.memoryMiB = o.sizeMiB * 7
 	}
 	if o.hotMiB == 0 {
 		o.hotMiB = o.sizeMiB / 4
