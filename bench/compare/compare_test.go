@@ -128,7 +128,7 @@ func TestParseStatus(t *testing.T) {
 
 func TestOptions(t *testing.T) {
 	full := options{ramshelf: "x", sizeMiB: 512}.withDefaults()
-	if full.doc != "docs/BENCHMARKS.md" || full.rounds != 5 || full.memoryMiB != 3072 || full.hotMiB != 128 {
+	if full.doc != "docs/BENCHMARKS.md" || full.rounds != 5 || full.memoryMiB != 3584 || full.hotMiB != 128 {
 		t.Errorf("full run has %+v", full)
 	}
 	for _, part := range []options{{ramshelf: "x", quick: true}, {ramshelf: ""}, {ramshelf: "x", jobs: "fio"}, {ramshelf: "x", rounds: 2}} {
