@@ -7,6 +7,7 @@
 //	go run ./bench/compare            # about ten minutes; writes its section of docs/BENCHMARKS.md
 //	go run ./bench/compare -quick     # about a minute; writes nothing
 //	go run ./bench/compare -flush     # the speed of the way home instead; writes its section
+//	go run ./bench/compare -journal   # what the journal does and costs instead; writes its section
 //
 // The machine should have nothing else to do.
 package main
@@ -41,7 +42,7 @@ type options struct {
 	servers, jobs        string
 	doc, json            string
 	quick                bool
-	flush                bool
+	flush, journal       bool
 	flushDir             string
 }
 
@@ -53,7 +54,7 @@ func main() {
 	flag.Int64Var(&o.sizeMiB, "size-mib", 512, "size of each device in MiB")
 	flag.Int64Var(&o.memoryMiB, "memory-mib", 0, "ramshelf's memory in MiB (default 7 × size)")
 	flag.Int64Var(&o.hotMiB, "hot-mib", 0, "memory of ramshelf's hot-set variant in MiB (default size ÷ 4)")
-	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, quick 1)")
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds (default 5, of -journal 3, quick 1)")
 	flag.DurationVar(&o.duration, "time", 0, "duration of each job in each round (default 1s, quick 400ms)")
 	flag.StringVar(&o.servers, "servers", "", "compare only servers whose name matches `REGEXP`")
 	flag.StringVar(&o.jobs, "jobs", "", "run only jobs whose name matches `REGEXP`")
@@ -61,14 +62,21 @@ func main() {
 	flag.StringVar(&o.json, "json", "", "`FILE` for all samples as JSON")
 	flag.BoolVar(&o.quick, "quick", false, "about a minute instead of ten; nothing is written by default")
 	flag.BoolVar(&o.flush, "flush", false, "measure how fast dirty memory goes home instead, and write that section")
-	flag.StringVar(&o.flushDir, "flush-dir", "/var/tmp", "`DIR` on the disk that -flush writes to")
+	flag.BoolVar(&o.journal, "journal", false, "measure what the journal does and costs instead, and write that section; -jobs chooses parts")
+	flag.StringVar(&o.flushDir, "flush-dir", "/var/tmp", "`DIR` on the disk that -flush and -journal write to")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	measure := compare
-	if o.flush {
+	switch {
+	case o.flush && o.journal:
+		fmt.Fprintln(os.Stderr, "compare: give -flush or -journal, not both")
+		os.Exit(2)
+	case o.flush:
 		measure = compareFlush
+	case o.journal:
+		measure = compareJournal
 	}
 	if err := measure(ctx, o.withDefaults()); err != nil {
 		fmt.Fprintln(os.Stderr, "compare:", err)
@@ -82,6 +90,9 @@ func (o options) withDefaults() options {
 		o.doc = "docs/BENCHMARKS.md"
 	}
 	rounds, duration := 5, time.Second
+	if o.journal {
+		rounds = 3
+	}
 	if o.quick {
 		rounds, duration = 1, 400*time.Millisecond
 	}
