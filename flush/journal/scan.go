@@ -93,10 +93,31 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 		}
 	}
 	rec.Torn = found.start == rec.State.Head
-	rec.State.Committed = rec.Seal
 	rec.State.Tail = found.durableTail(rec)
+	if rec.Torn && rec.State.Tail < tail {
+		// Only the run that goes names that tail, and it lists again what is lost: so what lies before is needed after all.
+		w = newWalker(r, s)
+		if err := rec.walkAgain(ctx, w); err != nil {
+			broken = err
+		}
+	}
+	rec.State.Committed = rec.Seal
 	rec.resolve(w.found)
 	return rec, found.judge(s, rec, broken)
+}
+
+// walkAgain reads the whole runs from the tail to the head.
+func (rec *Recovered) walkAgain(ctx context.Context, w *walker) error {
+	rec.Runs = 0
+	for pos := rec.State.Tail; pos < rec.State.Head; {
+		run, err := w.walk(ctx, pos)
+		if err != nil {
+			return fmt.Errorf("%w: run at %d, which is home but may list what is lost: %w", errDamagedRun, pos, err)
+		}
+		rec.Runs++
+		pos, rec.Seal, rec.Generation = run.end(), run.Seal, run.Generation
+	}
+	return nil
 }
 
 // judge refuses what was found if the run that ends it, broken because of err, must have been committed.
