@@ -3,6 +3,7 @@ package cache_test
 import (
 	"bytes"
 	"errors"
+	"hash/crc32"
 	"syscall"
 	"testing"
 
@@ -47,5 +48,25 @@ func TestLostOnItsWayHome(t *testing.T) {
 	v.sweep()
 	if got := v.disk.data[50*4096]; got != 7 || v.Dirty() {
 		t.Errorf("home has %d of an answered write, want 7; dirty %v", got, v.Dirty())
+	}
+}
+
+// TestCommitOfRepaired has a version damaged and repaired on its way into the journal: the checksum that goes with it is
+// that of the data that go.
+func TestCommitOfRepaired(t *testing.T) {
+	p := bytes.Repeat([]byte{0xa5}, 4096)
+	v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) {
+		cfg.Journaled = true
+		cfg.Repair = func(_, _ uint64, dst []byte) bool { copy(dst, p); return true }
+	})
+	mustWrite(t, v.client(), 0, 0xa5)
+	v.flipAll(t, p)
+	v.Seal()
+	var batch [4]cache.Version
+	if n := v.Take(batch[:]); n != 1 {
+		t.Fatalf("%d versions, want 1", n)
+	}
+	if b := batch[0]; !bytes.Equal(b.Data, p) || b.Sum != crc32.Checksum(p, crc32.MakeTable(crc32.Castagnoli)) {
+		t.Errorf("checksum %08x does not go with the data", b.Sum)
 	}
 }
