@@ -71,8 +71,11 @@ func (c *Cache) Take(dst []Version) int {
 			}
 			data := c.arena.Data(k.slot)
 			all := sum(data, allValid)
-			if !c.intactSum(k.slot, number, all) && !c.mend(k.slot, number) {
-				continue
+			if !c.intactSum(k.slot, number, all) {
+				if !c.mend(k.slot, number) {
+					continue
+				}
+				all = sum(data, allValid)
 			}
 			dst[n] = Version{Number: k.block, Sequence: number, Sum: all, Valid: m.valid, Dirty: m.dirty, Data: data}
 			n++
@@ -154,7 +157,7 @@ func (c *Cache) repaired(s uint32, number uint64) bool {
 	if !c.repair(m.block, number, found) || uint32(c.arena.Headers[s].Check.Load())^m.mix(number) != sum(found, m.valid) {
 		return false
 	}
-	copy(c.arena.Data(s), found)
+	copySectors(c.arena.Data(s), found, m.valid) // a commit may have the checksum of the others too
 	c.stats.corrupt.Add(1)
 	c.stats.repaired.Add(1)
 	c.log.Warn("block failed its checksum and was repaired", "block", m.block, "number", number)

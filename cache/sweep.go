@@ -120,6 +120,9 @@ func (c *Cache) takeHome(k keyed, v *Version) bool {
 		return false
 	}
 	if !c.intact(k.slot, number) && !c.mend(k.slot, number) {
+		// Where nothing is lent nothing is synced, and the slot may be another block's by the next time.
+		p.taken.remove(k.slot)
+		c.passSlots.Add(-1)
 		return false
 	}
 	*v = Version{Number: k.block, Sequence: number, Valid: m.valid, Dirty: m.dirty, Data: c.arena.Data(k.slot)}

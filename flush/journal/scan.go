@@ -238,7 +238,6 @@ type walker struct {
 	stamp        uint64
 	ring         ring
 	volumeBlocks uint64
-	keep         bool   // collect entries
 	seal         uint64 // of the run before
 
 	found found
@@ -250,7 +249,7 @@ type walker struct {
 
 func newWalker(r io.ReaderAt, s *Superblock) *walker {
 	return &walker{
-		r: r, stamp: s.RingStamp, ring: s.ring(), volumeBlocks: uint64(ceilDiv(s.VolumeBytes, BlockBytes)), keep: true,
+		r: r, stamp: s.RingStamp, ring: s.ring(), volumeBlocks: uint64(ceilDiv(s.VolumeBytes, BlockBytes)),
 		buf: make([]byte, min(readBytes, s.RingBytes)),
 	}
 }
@@ -332,9 +331,7 @@ func (w *walker) entries(c *Chunk) error {
 				return fmt.Errorf("%w: position %d, block %d has checksum %08x instead of %08x", errNotWhole, pos, e.Block, got, e.CRC)
 			}
 		}
-		if w.keep {
-			w.found.add(e, uint32(pos%w.ring.blocks))
-		}
+		w.found.add(e, uint32(pos%w.ring.blocks))
 	}
 	return nil
 }
@@ -355,36 +352,6 @@ func (w *walker) block(pos uint64) ([]byte, error) {
 		w.first, w.valid = pos, int(n)
 	}
 	return w.buf[(pos-w.first)*BlockBytes:][:BlockBytes], nil
-}
-
-// ResumeAt finds where a ring has got to of which the memory says st, when the process ended after a run was written
-// and before its memory noted that: whole runs from the head on are accepted. It reads only those. They may lie in a
-// cache: a journal that can Sync is synced, else the caller sees to that. Whatever else lies at the head was never
-// committed and is written over. What cannot be read there is an error, and then st is returned as it was.
-func ResumeAt(r io.ReaderAt, s *Superblock, st RingState) (RingState, error) {
-	if s.Journal == KindNone || st.Stamp != s.RingStamp || st.Stamp == 0 {
-		return st, fmt.Errorf("resume journal of volume %s: memory is of ring %016x, the superblock of %016x", s.Name, st.Stamp, s.RingStamp)
-	}
-	w := newWalker(r, s)
-	w.keep = false
-	at := st
-	for {
-		run, err := w.walk(context.Background(), at.Head)
-		if errors.Is(err, errNotWhole) {
-			break
-		}
-		if err != nil {
-			return st, fmt.Errorf("resume journal of volume %s: %w", s.Name, err)
-		}
-		at.Head, at.Tail, at.Committed = run.end(), run.Tail, run.Seal
-	}
-	if at == st {
-		return st, nil
-	}
-	if err := syncJournal(r); err != nil {
-		return st, fmt.Errorf("resume journal of volume %s: %w", s.Name, err)
-	}
-	return at, nil
 }
 
 // syncJournal makes durable what was read and may lie in a cache.

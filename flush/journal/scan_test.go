@@ -405,61 +405,6 @@ func TestPowerCutAtHome(t *testing.T) {
 	})
 }
 
-func TestResumeAt(t *testing.T) {
-	l, _, b, c := history(t)
-	whole := l.ring.State()
-	at := func(head uint64, committed uint64) journal.RingState {
-		return journal.RingState{Stamp: l.s.RingStamp, Head: head, Tail: b, Committed: committed}
-	}
-	resume := func(st journal.RingState) journal.RingState {
-		t.Helper()
-		got, err := journal.ResumeAt(l.log, l.s, st)
-		if err != nil {
-			t.Error(err)
-		}
-		return got
-	}
-	for name, st := range map[string]journal.RingState{"two behind": at(b, 100), "one behind": at(c, 101), "none": whole} {
-		if got := resume(st); got != whole {
-			t.Errorf("%s: %+v, want %+v", name, got, whole)
-		}
-	}
-	l.write(103, 165, block(9, 0xff, 40)) // and not synced
-	if got := resume(whole); got.Head != whole.Head+2 || got.Committed != 103 || len(l.log.open) > 0 {
-		t.Errorf("not synced: %+v, %d sectors still are not", got, len(l.log.open))
-	}
-	l.write(103, 165, block(9, 0x0f, 40))
-	l.log.dead = true
-	for n := 1; ; n++ { // the last call is the sync
-		l.log.calls, l.log.failAt = 0, n
-		got, err := journal.ResumeAt(l.log, l.s, whole)
-		if l.log.calls < n {
-			break
-		}
-		if !errors.Is(err, errMedia) || got != whole || len(l.log.open) == 0 {
-			t.Errorf("call %d fails: %+v, %v", n, got, err)
-		}
-	}
-	l.log.failAt = 0
-	l.log.now[l.ring.Offset(c+1)]++
-	if got, want := resume(at(b, 100)), at(c, 101); got != want {
-		t.Errorf("torn: %+v, want %+v", got, want)
-	}
-	// What the engine writes over it counts again.
-	l.ring = journal.NewRing(l.s.RingOffset, l.s.RingBytes, at(c, 101))
-	l.run(105, 165, block(9, 0xff, 50))
-	if got := resume(at(c, 101)); got != l.ring.State() {
-		t.Errorf("written over: %+v, want %+v", got, l.ring.State())
-	}
-	l.log.bad[l.ring.Offset(c+1)] = true
-	if got, err := journal.ResumeAt(l.log, l.s, at(c, 101)); !errors.Is(err, errMedia) || got != at(c, 101) {
-		t.Errorf("unreadable: %+v, %v", got, err)
-	}
-	if _, err := journal.ResumeAt(l.log, l.s, journal.RingState{Stamp: 5}); err == nil {
-		t.Error("another ring is resumed")
-	}
-}
-
 func TestFind(t *testing.T) {
 	l, _, b, c := history(t)
 	find := func(block, number uint64) (bool, string, error) {

@@ -49,13 +49,14 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
 }
 
-// resume lets the ring go on where the memory says that it was, or where it is found where the memory says nothing.
+// resume lets the ring go on where the memory says that it was, or where it is found where the memory says nothing. What lies
+// behind that place is written over, also a run that is whole: nobody was answered for it, the memory has all of it, and if its
+// sync failed it may be nowhere but in a cache from which no later sync would bring it to the disk.
 func (v *Volume) resume(ctx context.Context) (recovery, error) {
 	s := v.superblock
 	noted, ok := v.arena.Journal()
 	if ok && noted.Stamp == s.RingStamp {
-		st, err := journal.ResumeAt(v.meta, s, journal.RingState(noted)) // and syncs: a run that was not noted may be in a cache
-		return recovery{state: st, seal: st.Committed, warm: true}, v.refused(err)
+		return recovery{state: journal.RingState(noted), seal: noted.Committed, warm: true}, nil
 	}
 	rec, err := journal.Scan(ctx, v.meta, s, nil)
 	if err = v.refused(err); err != nil {
