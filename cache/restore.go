@@ -176,17 +176,17 @@ func (c *Cache) Dirty() bool {
 	return c.dirtySlots() > 0 || c.zeroes.used() > 0 || c.lostBlocks() > 0
 }
 
-// Holds tells whether a memory file holds anything that home has not, without making a cache of it.
-func Holds(a *arena.Arena) bool {
+// Holds tells whether a memory file holds anything above number that home has not, without making a cache of it.
+func Holds(a *arena.Arena, number uint64) bool {
 	published := a.Published()
 	for i := range a.Zeroes {
-		if n := a.Zeroes[i].Number.Load(); n != 0 && n <= published {
+		if n := a.Zeroes[i].Number.Load(); n > number && n <= published {
 			return true
 		}
 	}
 	for i := range a.Headers {
 		h := &a.Headers[i]
-		if n := h.Number.Load(); n != 0 && n <= published && metaOf(0, h.Check.Load()).dirty != 0 {
+		if n := h.Number.Load(); n > number && n <= published && metaOf(0, h.Check.Load()).dirty != 0 {
 			return true
 		}
 	}

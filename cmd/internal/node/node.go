@@ -221,7 +221,9 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 		return rec, err
 	}
 	v.superblock.Begin()
-	v.superblock.Volatile = v.config.Ack != config.AckDisk
+	// What the opening before answered and did not commit would be lost with the memory as ever.
+	inherited := memory.kept && v.superblock.Volatile && cache.Holds(v.arena, rec.state.Committed)
+	v.superblock.Volatile = v.config.Ack != config.AckDisk || inherited
 	v.arena.Announce(v.superblock.Incarnation.Stamp)
 	v.noteRing(rec.state)
 	if err := v.superblock.Store(v.meta, time.Now()); err != nil {
