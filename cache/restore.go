@@ -149,8 +149,12 @@ func (c *Cache) freeRest() {
 }
 
 // Lose records a block of which a recovery found that its content is lost, as version number, which is committed: it answers
-// EIO until it is written again. It reports false where there is no slot for it. It comes before any operation.
+// EIO until it is written again. It reports false where there is no slot for it. It comes before any operation; a block that
+// the memory knows to be lost already stays as it is.
 func (c *Cache) Lose(block, number uint64) bool {
+	if s := c.newest(c.shardOf(block), block); s != noSlot && c.meta(s).lost {
+		return true
+	}
 	slots, ok := c.reserve(nil, 1)
 	if !ok {
 		return false
