@@ -154,6 +154,7 @@ func New(a *arena.Arena, cfg Config) (*Cache, error) {
 	c.zeroes = newZeroSet(a.Zeroes)
 	c.restore()
 	c.commits.Store(cfg.Commits)
+	c.safe.Store(cfg.Committed)
 	if !cfg.Commits {
 		c.safe.Store(^uint64(0))
 	}

@@ -70,3 +70,22 @@ func TestCommitOfRepaired(t *testing.T) {
 		t.Errorf("checksum %08x does not go with the data", b.Sum)
 	}
 }
+
+// TestDamagedHeaderOnItsWayHome flips the block number of a slot that is committed: it counts as a lost block, and the volume
+// does not pass for clean.
+func TestDamagedHeaderOnItsWayHome(t *testing.T) {
+	v := newVolume(t, testSize, testMemory, journaled)
+	mustWrite(t, v.client(), 7*4096, 0xa5)
+	v.commit()
+	for i := range v.arena.Headers {
+		if h := &v.arena.Headers[i]; h.Number.Load() != 0 {
+			h.Block.Store(h.Block.Load() ^ 1<<3)
+		}
+	}
+	for range 2 {
+		v.sweep()
+		if s := v.Stats(); s.Lost != 1 || !v.Dirty() {
+			t.Errorf("%d blocks are lost, dirty %v", s.Lost, v.Dirty())
+		}
+	}
+}

@@ -149,8 +149,12 @@ func (c *Cache) freeRest() {
 }
 
 // Lose records a block of which a recovery found that its content is lost, as version number, which is committed: it answers
-// EIO until it is written again. It reports false where there is no slot for it. It comes before any operation.
+// EIO until it is written again. It reports false where there is no slot for it. It comes before any operation; a block that
+// the memory knows to be lost already stays as it is.
 func (c *Cache) Lose(block, number uint64) bool {
+	if s := c.newest(c.shardOf(block), block); s != noSlot && c.meta(s).lost {
+		return true
+	}
 	slots, ok := c.reserve(nil, 1)
 	if !ok {
 		return false
@@ -176,17 +180,17 @@ func (c *Cache) Dirty() bool {
 	return c.dirtySlots() > 0 || c.zeroes.used() > 0 || c.lostBlocks() > 0
 }
 
-// Holds tells whether a memory file holds anything that home has not, without making a cache of it.
-func Holds(a *arena.Arena) bool {
+// Holds tells whether a memory file holds anything above number that home has not, without making a cache of it.
+func Holds(a *arena.Arena, number uint64) bool {
 	published := a.Published()
 	for i := range a.Zeroes {
-		if n := a.Zeroes[i].Number.Load(); n != 0 && n <= published {
+		if n := a.Zeroes[i].Number.Load(); n > number && n <= published {
 			return true
 		}
 	}
 	for i := range a.Headers {
 		h := &a.Headers[i]
-		if n := h.Number.Load(); n != 0 && n <= published && metaOf(0, h.Check.Load()).dirty != 0 {
+		if n := h.Number.Load(); n > number && n <= published && metaOf(0, h.Check.Load()).dirty != 0 {
 			return true
 		}
 	}

@@ -129,9 +129,10 @@ func (c *Cache) takeHome(k keyed, v *Version) bool {
 	return true
 }
 
-// dropSuperseded drops a version that a newer committed one supersedes: the journal has the newer one, which covers it.
+// dropSuperseded drops a version that a newer committed one supersedes: the journal has the newer one, which covers it. Of a slot
+// with a damaged header nobody knows what supersedes it.
 func (c *Cache) dropSuperseded(s uint32, block uint64) bool {
-	if !c.journaled {
+	if !c.journaled || !c.placed(s) {
 		return false
 	}
 	sh := c.shardOf(block)

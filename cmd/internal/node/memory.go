@@ -52,7 +52,7 @@ func (m *memoryFile) open() (*arena.Arena, error) {
 		return m.replace(errors.New("the backing was opened by something else since the memory file was written"))
 	case warm:
 		m.kept = true
-		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a))
+		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a, 0))
 	}
 	return a, nil
 }
@@ -76,7 +76,7 @@ func (m *memoryFile) replace(why error) (*arena.Arena, error) {
 	if err != nil {
 		return nil, err
 	}
-	dirty := cache.Holds(old)
+	dirty := cache.Holds(old, 0)
 	switch {
 	case dirty && !m.force:
 		refusal := control.Refused(fmt.Errorf("memory file %s holds writes that are not on the backing, and %w", m.path, why),

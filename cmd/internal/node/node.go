@@ -112,6 +112,9 @@ func (v *Volume) assemble(size int64, rec *recovery) error {
 			return fmt.Errorf("the memory has no room for %d lost blocks; give more --memory", len(rec.lost))
 		}
 	}
+	if journaled {
+		v.noteRing(rec.state)
+	}
 	options := flush.Options{
 		Staleness: time.Duration(v.config.Staleness), SyncBytes: syncBytes(int64(v.config.Memory)),
 		GiveUpAfter: time.Duration(v.config.BackingTimeout), HoldUp: time.Duration(v.config.Holdup), Log: v.log,
@@ -221,9 +224,10 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 		return rec, err
 	}
 	v.superblock.Begin()
-	v.superblock.Volatile = v.config.Ack != config.AckDisk
+	// What the opening before answered and did not commit would be lost with the memory as ever.
+	inherited := memory.kept && v.superblock.Volatile && cache.Holds(v.arena, rec.state.Committed)
+	v.superblock.Volatile = v.config.Ack != config.AckDisk || inherited
 	v.arena.Announce(v.superblock.Incarnation.Stamp)
-	v.noteRing(rec.state)
 	if err := v.superblock.Store(v.meta, time.Now()); err != nil {
 		return rec, err
 	}

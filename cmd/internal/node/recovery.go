@@ -49,7 +49,8 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
 }
 
-// resume lets the ring go on where the memory says that it was, or where it is found where the memory says nothing. What lies
+// resume lets the ring go on where the memory says that it was. Where it says nothing a start before this one was killed when it
+// had begun the ring and had not told the memory yet, nor maybe which blocks are lost: the ring knows. What lies
 // behind that place is written over, also a run that is whole: nobody was answered for it, the memory has all of it, and if its
 // sync failed it may be nowhere but in a cache from which no later sync would bring it to the disk.
 func (v *Volume) resume(ctx context.Context) (recovery, error) {
@@ -62,10 +63,10 @@ func (v *Volume) resume(ctx context.Context) (recovery, error) {
 	if err = v.refused(err); err != nil {
 		return recovery{}, err
 	}
-	return recovery{state: rec.State, seal: rec.Seal, warm: true}, nil
+	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost, warm: true}, nil
 }
 
-// beginRing begins a new ring where the old one is not needed any more, and tells the memory where it is.
+// beginRing begins a new ring where the old one is not needed any more.
 func (v *Volume) beginRing(r *recovery) error {
 	if v.superblock.Journal == journal.KindNone || r.warm {
 		return nil
@@ -75,7 +76,7 @@ func (v *Volume) beginRing(r *recovery) error {
 	return err
 }
 
-// noteRing tells the memory where the ring is.
+// noteRing tells the memory where the ring is, once it has all that it is to have of it.
 func (v *Volume) noteRing(st journal.RingState) { v.arena.SetJournal(arena.Journal(st)) }
 
 // refused makes a control.Failure of a refusal.
