@@ -64,13 +64,12 @@ func TestFlagsAreDocumented(t *testing.T) {
 
 func TestVerbsAreDocumented(t *testing.T) {
 	var documented, existing []string
+	span := regexp.MustCompile("`([a-z]+)[^`]*`")
 	for line := range strings.Lines(section(t, operations(t), "Verbs")) {
 		if cell, found := strings.CutPrefix(line, "| `"); found {
-			words, _, _ := strings.Cut(cell, "`")
-			for word := range strings.FieldsSeq(words) {
-				if !strings.HasPrefix(word, "[") {
-					documented = append(documented, word)
-				}
+			cell, _, _ = strings.Cut(cell, " | ")
+			for _, m := range span.FindAllStringSubmatch("`"+cell, -1) {
+				documented = append(documented, m[1])
 			}
 		}
 	}

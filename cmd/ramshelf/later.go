@@ -13,7 +13,6 @@ func laterVerbs() []*cobra.Command {
 	verbs := []struct{ use, short string }{
 		{"promote [VOLUME] [--force]", "Make this node the primary"},
 		{"demote [VOLUME]", "Make this node the secondary"},
-		{"emergency on|off", "Commit now and step down to ack=disk; go back"},
 		{"verify [VOLUME]", "Compare the copies of both nodes"},
 		{"resolve [VOLUME] --discard-mine [--dry-run]", "End a split brain"},
 		{"attach NBD-URI[,NBD-URI…] /dev/nbdN", "Make a kernel device of an export"},

@@ -53,6 +53,7 @@ type VolumeStatus struct {
 	State      State    `json:"state"`
 	Ack        string   `json:"ack"`          // as configured
 	AckInForce string   `json:"ack_in_force"` // as it holds now
+	Emergency  bool     `json:"emergency"`    // was turned on, and not off
 	Flush      string   `json:"flush"`
 	Exports    []string `json:"exports"` // addresses, as NBD URIs
 

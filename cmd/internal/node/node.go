@@ -343,7 +343,7 @@ func (v *Volume) Status() control.VolumeStatus {
 	c, f := v.cache.Stats(), v.flusher.Status()
 	s := control.VolumeStatus{
 		Name: v.config.Name, Role: control.RolePrimary, State: control.StateOK, Generation: v.generation(),
-		Ack: string(v.config.Ack), AckInForce: string(v.stepDown.inForce(v.config.Ack)), Flush: string(v.config.Flush),
+		Ack: string(v.config.Ack), AckInForce: string(v.stepDown.inForce(v.config.Ack)), Emergency: v.stepDown.on(), Flush: string(v.config.Flush),
 		SizeBytes: c.SizeBytes, MemoryBytes: c.MemoryBytes, ResidentBytes: c.ResidentBytes, FreeBytes: c.FreeBytes,
 		DirtyBytes: c.DirtyBytes, UncommittedBytes: c.UncommittedBytes, UncommittedLimitBytes: c.LimitBytes, LostBlocks: c.Lost,
 		Epoch:   control.Epoch{Open: c.Open + 1, Committed: c.Committed},
