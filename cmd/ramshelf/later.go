@@ -17,7 +17,6 @@ func laterVerbs() []*cobra.Command {
 		{"resolve [VOLUME] --discard-mine [--dry-run]", "End a split brain"},
 		{"attach NBD-URI[,NBD-URI…] /dev/nbdN", "Make a kernel device of an export"},
 		{"detach /dev/nbdN", "Remove a kernel device"},
-		{"recover --backing BACKING", "Replay a journal offline"},
 		{"aoe discover [IF…]", "List the AoE targets of a network"},
 		{"bench URI | --compare …", "Measure a server"},
 		{"check [VOLUME]", "Alarm in the manner of Nagios"},

@@ -86,7 +86,7 @@ func TestExitCodes(t *testing.T) {
 func TestLaterVerbs(t *testing.T) {
 	for _, args := range [][]string{
 		{"promote", "--force"}, {"demote"}, {"verify"}, {"resolve", "--discard-mine", "--dry-run"},
-		{"attach", "nbd://h/v", "/dev/nbd0"}, {"detach", "/dev/nbd0"}, {"recover", "--backing", "file:/x"}, {"aoe", "discover"},
+		{"attach", "nbd://h/v", "/dev/nbd0"}, {"detach", "/dev/nbd0"}, {"aoe", "discover"},
 		{"bench", "--compare"}, {"check"}, {"events"}, {"top"},
 	} {
 		code, _, stderr := cli(args...)

@@ -120,6 +120,12 @@ type JournalStatus struct {
 	SlowestBytesPerSecond int64  `json:"slowest_bytes_per_second"` // their first percentile
 }
 
+// Range is a part of a volume.
+type Range struct {
+	OffsetBytes int64 `json:"offset_bytes"`
+	LengthBytes int64 `json:"length_bytes"`
+}
+
 // Traffic counts requests of one kind since the daemon started.
 type Traffic struct {
 	Requests uint64 `json:"requests"`

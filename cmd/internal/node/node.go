@@ -209,6 +209,9 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 		v.arena.Stamp(v.superblock.Incarnation.Stamp)
 	}
 	rec, err := v.recover(ctx, found, memory)
+	if err == nil {
+		err = v.finishZero(ctx)
+	}
 	if err != nil {
 		return rec, err
 	}
