@@ -71,6 +71,7 @@ func TestOfflineVerbsAreDocumented(t *testing.T) {
 		json reflect.Type
 	}{
 		"Recover": {newRecover(), reflect.TypeFor[node.Recovery]()},
+		"Resize":  {newResize(), reflect.TypeFor[struct{}]()},
 	} {
 		text := section(t, operations(t), heading)
 		var flags, existing, names []string

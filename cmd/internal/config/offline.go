@@ -16,12 +16,12 @@ type Offline struct {
 	Force   bool    // do what is otherwise refused for safety
 	DryRun  bool    // change nothing
 	Size    Size    // that the volume is to have
+	sized   bool    // Size must be given
 }
 
 func (o *Offline) addFlags(fs *pflag.FlagSet, force string) {
 	fs.SortFlags = false
 	fs.Var(flagValue{&o.Backing, "BACKING"}, "backing", "where the content is kept: file:PATH, /dev/X, nbd://…, nbd+unix://…")
-	fs.Var(flagValue{&o.Journal, "BACKING"}, "journal", "where the journal lies, if it has a backing of its own")
 	fs.StringVar(&o.Shm, "shm", DefaultShm, "`DIR` of the memory files of the daemon that served the volume")
 	fs.BoolVar(&o.Force, "force", false, force)
 }
@@ -30,7 +30,17 @@ func (o *Offline) addFlags(fs *pflag.FlagSet, force string) {
 func BindRecover(fs *pflag.FlagSet) *Offline {
 	o := new(Offline)
 	o.addFlags(fs, "give up what lies behind a damage of the journal, and what is lost")
+	fs.Var(flagValue{&o.Journal, "BACKING"}, "journal", "where the journal lies, if it has a backing of its own")
 	fs.BoolVar(&o.DryRun, "dry-run", false, "tell what would be done, and change nothing")
+	return o
+}
+
+// BindResize adds the flags of resize to fs. Check is called after fs was parsed.
+func BindResize(fs *pflag.FlagSet) *Offline {
+	o := new(Offline)
+	o.addFlags(fs, "overwrite what lies where the metadata go, and recover as recover --force")
+	fs.Var(flagValue{&o.Size, "SIZE"}, "size", "size that the volume is to have")
+	o.sized = true
 	return o
 }
 
@@ -38,6 +48,14 @@ func BindRecover(fs *pflag.FlagSet) *Offline {
 func (o *Offline) Check() error {
 	if o.Backing == (Backing{}) {
 		return control.Usage("give the one that the volume is served with", "--backing is required")
+	}
+	switch {
+	case !o.sized:
+	case o.Size == 0:
+		return control.Usage("give the size that the volume is to have, such as --size 2TiB", "--size is required")
+	case o.Size%BlockBytes != 0 || o.Size > maxSize:
+		return control.Usage(fmt.Sprintf("the nearest are %s", nearest(min(int64(o.Size), maxSize), BlockBytes)),
+			"--size %d is no multiple of %d up to %d", o.Size, BlockBytes, int64(maxSize))
 	}
 	for _, b := range []struct {
 		flag    string

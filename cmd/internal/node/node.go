@@ -64,7 +64,7 @@ func Open(ctx context.Context, d *config.Daemon, c *config.Volume, log *slog.Log
 }
 
 func (v *Volume) open(ctx context.Context, d *config.Daemon) error {
-	found, err := v.examine()
+	found, err := v.examine(ctx)
 	if err != nil {
 		return err
 	}
@@ -140,7 +140,12 @@ func (v *Volume) assemble(size int64, rec *recovery) error {
 func syncBytes(memory int64) int64 { return min(flush.DefaultSyncBytes, memory/8) }
 
 // examine reads the superblock, or says how a backing without one is taken.
-func (v *Volume) examine() (*journal.Found, error) {
+func (v *Volume) examine(ctx context.Context) (*journal.Found, error) {
+	if !v.config.Force {
+		if err := v.refuseGrown(ctx); err != nil {
+			return nil, err
+		}
+	}
 	want := journal.Wanted{
 		Name: v.config.Name, VolumeBytes: int64(v.config.Size), Journal: journal.KindInternal, RingBytes: ringBytes(v.config),
 		Extendable: v.config.Backing.Kind == config.BackingFile, Force: v.config.Force,

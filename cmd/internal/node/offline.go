@@ -49,7 +49,7 @@ const maxListed = 1000
 // without ramshelf. It may be killed at any point and run again. What is refused for safety is a control.Refused. With an error
 // the first result tells what was found, unless it is nil.
 func Recover(ctx context.Context, o *config.Offline, log *slog.Logger) (*Recovery, error) {
-	v, err := openOffline(ctx, o, log)
+	v, err := openOffline(ctx, o, (*Volume).identify, log)
 	if err != nil {
 		return nil, err
 	}
@@ -57,8 +57,8 @@ func Recover(ctx context.Context, o *config.Offline, log *slog.Logger) (*Recover
 	return r, errors.Join(err, v.closeBackings())
 }
 
-// openOffline opens the backings of a volume that is not to be served, and reads what it is.
-func openOffline(ctx context.Context, o *config.Offline, log *slog.Logger) (*Volume, error) {
+// openOffline opens the backings of a volume that is not to be served, and has identify read what it is.
+func openOffline(ctx context.Context, o *config.Offline, identify func(*Volume, context.Context) error, log *slog.Logger) (*Volume, error) {
 	c := o.Volume()
 	b, err := openAt(ctx, c.Backing, "backing", true, 0, log)
 	if err != nil {
@@ -70,7 +70,7 @@ func openOffline(ctx context.Context, o *config.Offline, log *slog.Logger) (*Vol
 			return nil, errors.Join(err, b.Close())
 		}
 	}
-	err = v.identify()
+	err = identify(v, ctx)
 	if err == nil {
 		err = refuseMemory(o.Shm, v.superblock)
 	}
@@ -89,8 +89,25 @@ func (v *Volume) metaName() string {
 }
 
 // identify reads the superblock of a volume of which nothing was said, and checks that everything goes with it.
-func (v *Volume) identify() error {
+func (v *Volume) identify(ctx context.Context) error {
+	if err := v.refuseGrown(ctx); err != nil {
+		return err
+	}
 	s, err := loadTail(v.meta)
+	if err != nil {
+		return v.noSuperblock(err)
+	}
+	v.config.Name = s.Name
+	found, err := v.examine(ctx)
+	if err != nil {
+		return err
+	}
+	v.superblock = found.Superblock
+	return nil
+}
+
+// noSuperblock says why a volume cannot be read from its backing.
+func (v *Volume) noSuperblock(err error) error {
 	switch {
 	case errors.Is(err, journal.ErrNoMagic):
 		return &control.Failure{
@@ -99,17 +116,11 @@ func (v *Volume) identify() error {
 		}
 	case errors.Is(err, journal.ErrNewer):
 		return control.Refused(fmt.Errorf("backing %s: %w", v.metaName(), err), "use that version of ramshelf or a newer one")
-	case err != nil:
+	case errors.Is(err, journal.ErrDamaged):
 		return control.Refused(fmt.Errorf("backing %s: %w", v.metaName(), err),
 			"restore one of the copies of the superblock; without, ramshelf serve --force makes a new one and keeps the content as it is")
 	}
-	v.config.Name = s.Name
-	found, err := v.examine()
-	if err != nil {
-		return err
-	}
-	v.superblock = found.Superblock
-	return nil
+	return fmt.Errorf("backing %s: %w", v.metaName(), err)
 }
 
 // loadTail reads the superblock at the tail of b.
@@ -178,7 +189,10 @@ func (v *Volume) recoverOffline(ctx context.Context, dryRun bool) (*Recovery, er
 		Lost: []uint64{}, Suspect: []control.Range{},
 	}
 	if r.Clean {
-		return r, nil
+		if dryRun {
+			return r, nil
+		}
+		return r, v.meta.Sync() // what says so may be from a run whose sync failed
 	}
 	rec, err := v.look(ctx, r)
 	if err != nil || dryRun {

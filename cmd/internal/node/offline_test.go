@@ -22,7 +22,7 @@ import (
 // offlineVolume is a volume on b that nobody serves.
 func offlineVolume(b backing, force bool) (*Volume, error) {
 	v := &Volume{config: &config.Volume{Force: force}, log: slog.New(slog.DiscardHandler), backing: b, meta: b}
-	return v, v.identify()
+	return v, v.identify(context.Background())
 }
 
 // recoverOn recovers the volume on b.
@@ -96,7 +96,7 @@ func TestRecover(t *testing.T) {
 		found.Clean || found.Recovered || !found.DryRun || found.Damage != "" || found.SuspectBytes != 0 {
 		t.Errorf("dry run: %+v, %v", found, err)
 	}
-	if !bytes.Equal(dry.now, disk) {
+	if !dry.unchanged() {
 		t.Error("a dry run changed the disk")
 	}
 
@@ -105,7 +105,7 @@ func TestRecover(t *testing.T) {
 	if err != nil || !done.Recovered || done.Seal != found.Seal || done.WriteBytes != found.WriteBytes {
 		t.Errorf("recover: %+v, %v", done, err)
 	}
-	if !bytes.Equal(p.durable[:testSize], content) {
+	if !bytes.Equal(p.content(0, testSize), content) {
 		t.Error("the backing is not the volume")
 	}
 	s := superblockOf(t, p)
@@ -114,9 +114,9 @@ func TestRecover(t *testing.T) {
 		s.RingStamp == before.RingStamp || s.Committed != done.Seal || len(s.Generations) != generations || !s.Generations[generations-1].Rollback {
 		t.Errorf("superblock %+v after %+v", s, before)
 	}
-	again := newPlug(p.durable, -1)
+	again := newPlug(p.content(0, p.Size()), -1)
 	nothing, err := recoverOn(again, false, false)
-	if err != nil || !nothing.Clean || nothing.Recovered || !bytes.Equal(again.now, p.durable) {
+	if err != nil || !nothing.Clean || nothing.Recovered || !again.unchanged() {
 		t.Errorf("a second time: %+v, %v", nothing, err)
 	}
 	v, err := openOn(r, p)
@@ -145,7 +145,7 @@ func TestRecoverUnplugged(t *testing.T) {
 		}
 		p = p.replugged(rng, -1)
 		r, err := recoverOn(p, false, false)
-		if err != nil || !r.Recovered && !r.Clean || !bytes.Equal(p.durable[:testSize], content) || !superblockOf(t, p).Clean {
+		if err != nil || !r.Recovered && !r.Clean || !bytes.Equal(p.content(0, testSize), content) || !superblockOf(t, p).Clean {
 			t.Fatalf("after a cut at operation %d: %+v, %v", n, r, err)
 		}
 		if !cut {
@@ -188,7 +188,7 @@ func TestRecoverDamagedJournal(t *testing.T) {
 		if !errors.As(err, &f) || f.Code != control.ExitRefused || !strings.Contains(f.Hint, "--force") || r == nil || r.Damage == "" || r.Recovered {
 			t.Errorf("dry run %v: %+v, %v", dryRun, r, err)
 		}
-		if !bytes.Equal(p.now, disk) {
+		if !p.unchanged() {
 			t.Errorf("dry run %v: a refusal changed something", dryRun)
 		}
 	}
@@ -232,7 +232,7 @@ func TestRecoverLostBlocks(t *testing.T) {
 			found.LostBlocks != 1 || !slices.Equal(found.Lost, []uint64{256}) || found.Recovered {
 			t.Fatalf("%+v, %v", found, err)
 		}
-		if !bytes.Equal(p.durable[:cache.BlockBytes], pattern(5)) {
+		if !bytes.Equal(p.content(0, cache.BlockBytes), pattern(5)) {
 			t.Error("what is not lost is not home")
 		}
 		if superblockOf(t, p).Clean {
