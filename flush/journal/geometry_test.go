@@ -238,3 +238,16 @@ func TestTailErrors(t *testing.T) {
 		t.Errorf("unreadable tail: %v", err)
 	}
 }
+
+// TestBitmapCost is the table in docs/FORMAT.md.
+func TestBitmapCost(t *testing.T) {
+	for _, c := range []struct{ volume, region, bits, pages int64 }{
+		{gib, 64 << 10, 16384, 1}, {16 * gib, 64 << 10, 262144, 9}, {64 * gib, 64 << 10, 1 << 20, 33}, {256 * gib, 256 << 10, 1 << 20, 33},
+		{1024 * gib, mib, 1 << 20, 33}, {16 * 1024 * gib, 16 * mib, 1 << 20, 33},
+	} {
+		g, err := journal.Plan(2*c.volume, journal.Wanted{VolumeBytes: c.volume})
+		if err != nil || g.RegionBytes != c.region || c.volume/g.RegionBytes != c.bits || g.BitmapBytes != c.pages*8192 {
+			t.Errorf("volume of %d: %+v, %v", c.volume, g, err)
+		}
+	}
+}

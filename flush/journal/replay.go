@@ -32,11 +32,17 @@ const (
 // of up to 1 MiB. Besides what rec holds it takes 11 MiB. Nothing of the ring changes, so it may end at any point, by an
 // error, and be run again. progress, which may be nil, is told bytes.
 //
+// A journal that can Sync is synced before anything is written home: Scan may have found a run that the system or a disk
+// holds in a cache. If the power took it after a part of it came home, nothing could tell which part.
+//
 // The data of every block are verified again: what does not match is an error. Of a block that is lost nothing is
 // written (see Recovered.Lost).
 func Replay(ctx context.Context, rec *Recovered, journal io.ReaderAt, home Home, progress func(done, total int64)) error {
 	p := &replay{rec: rec, journal: journal, home: home, tell: progress}
-	err := p.zeroes(ctx)
+	err := syncJournal(journal)
+	if err == nil {
+		err = p.zeroes(ctx)
+	}
 	if err == nil {
 		err = p.blocks(ctx)
 	}
@@ -101,7 +107,7 @@ func (p *replay) blocks(ctx context.Context) error {
 		return nil
 	}
 	p.content = make([]byte, min(windowBlocks, len(p.rec.blocks))*BlockBytes)
-	p.gather = make([]byte, gatherBlocks*BlockBytes)
+	p.gather = make([]byte, min(gatherBlocks, p.rec.ring.blocks)*BlockBytes)
 	for o := range p.rec.outcomes() {
 		if o.lost || o.mask == 0 {
 			continue

@@ -275,16 +275,19 @@ func TestReplayWrites(t *testing.T) {
 		}
 	}
 	l.run(100, 165, first...)
-	l.run(101, 165, append(second, zero(8000, 100, 40), zero(8050, 100, 41))...)
+	for b := uint64(7000); b < 7010; b++ {
+		second = append(second, block(b, 0x10, 50))
+	}
+	l.run(101, 165, append(second, zero(7000, 10, 40), zero(8000, 100, 40), zero(8050, 100, 41))...)
 	w := &writes{media: l.home}
 	if err := journal.Replay(context.Background(), l.mustScan(), l.log, w, nil); err != nil {
 		t.Fatal(err)
 	}
-	want := [][2]int64{{8000 * 4096, -150 * 4096}, {0, 1 << 20}, {1 << 20, 1 << 20}, {2 << 20, 88*4096 + 2048}, {601*4096 + 2048, 2048}, {700 * 4096, 512}}
+	want := [][2]int64{{7000 * 4096, -10 * 4096}, {8000 * 4096, -150 * 4096}, {0, 1 << 20}, {1 << 20, 1 << 20}, {2 << 20, 88*4096 + 2048}, {601*4096 + 2048, 2048}, {700 * 4096, 512}}
 	if len(w.list) < len(want) || !slices.Equal(w.list[:len(want)], want) {
 		t.Errorf("%v, want %v", w.list[:min(len(w.list), len(want))], want)
 	}
-	if n := len(w.list); n > 6+5000/256+4 {
+	if n := len(w.list); n > 7+5000/256+4+1 {
 		t.Errorf("%d writes", n)
 	}
 	for b := range 8192 {
@@ -302,6 +305,8 @@ func TestReplayWrites(t *testing.T) {
 			want = "20 30 20"
 		case b >= 1000 && b < 6000:
 			want = "20"
+		case b >= 7000 && b < 7010:
+			want = "0 50 0"
 		case b >= 8000 && b < 8150:
 			want = "0"
 		}

@@ -13,9 +13,10 @@ import (
 //
 // Until the caller has stored s the old ring counts. It must stay as good as it was: that everything in it is home by now
 // does not help a start that finds it damaged, and refuses it. Therefore the new ring begins at the old head, in
-// space that no committed run of the old one has: at most what is left there of a run that was never committed goes. Ring
-// leaves that much free always. Both rings then lie in one place, told apart by their stamps. Once s may
-// have been stored, that is after a Store that failed, the new ring may count: store s again, do not Reset again.
+// space that no committed run of the old one has, whichever of its tails counts: at most what is left there of a run that
+// was never committed goes. A Ring always leaves that much free. Both rings then lie in one place, told apart by
+// their stamps. Once s may have been stored, that is after a Store that failed, the new ring may count: store s again, do
+// not Reset again.
 func Reset(w Writer, s *Superblock, seal, generation uint64, lost []LostBlock, old RingState) (RingState, error) {
 	var random [8]byte
 	stamp := uint64(0)
@@ -31,7 +32,7 @@ func Reset(w Writer, s *Superblock, seal, generation uint64, lost []LostBlock, o
 	}
 	r := NewRing(s.RingOffset, s.RingBytes, RingState{Stamp: stamp, Head: old.Head, Tail: old.Head, Committed: seal})
 	need := RunBlocks(0, len(lost))
-	if len(lost) > MaxLost || old.Head-old.Tail+need > r.blocks {
+	if len(lost) > MaxLost || need > r.reserve/2 {
 		return fail(fmt.Errorf("%d lost blocks are more than it has room for, %d", len(lost), MaxLost))
 	}
 	entries := make([]Entry, len(lost))

@@ -158,9 +158,10 @@ func TestRingPanics(t *testing.T) {
 			r.Begin(10, 1)
 			r.Chunk(header, []journal.Entry{{Kind: journal.EntryLost, Number: 11}}, true)
 		}},
-		"overrun":        {"overruns", func(r *journal.Ring) { put(r, 10, blocks(1000)) }},
-		"overrun by one": {"overruns", func(r *journal.Ring) { put(r, 10, blocks(int(r.FreeBlocks())-5)) }},
-		"marks overrun":  {"overruns", func(r *journal.Ring) { put(r, 10, lost((int(r.FreeBlocks())+32)*165+1)) }},
+		"overrun":                               {"overruns", func(r *journal.Ring) { put(r, 10, blocks(1000)) }},
+		"overrun by one":                        {"overruns", func(r *journal.Ring) { put(r, 10, blocks(int(r.FreeBlocks())-5)) }},
+		"overrun of a tail that is not durable": {"overruns", func(r *journal.Ring) { r.Advance(50); put(r, 10, blocks(int(r.FreeBlocks())-5)) }},
+		"marks overrun":                         {"overruns", func(r *journal.Ring) { put(r, 10, lost((int(r.FreeBlocks())+32)*165+1)) }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer func() {

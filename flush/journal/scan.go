@@ -17,7 +17,7 @@ const maxUnreadable = 1024
 // Recovered is what Scan finds in a ring: the runs that are committed and may not be home.
 type Recovered struct {
 	State      RingState // for Reset and Find: the head lies behind the last whole run
-	Seal       uint64    // of the last whole run: the volume is as it was then
+	Seal       uint64    // of the last whole run: the volume is as it was then; 0: damage hides which it is
 	Generation uint64    // of that run
 	Runs       int       // whole ones from the tail on
 	BlockBytes int64     // of the blocks that Replay writes
@@ -71,8 +71,8 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 		}
 	}
 	w := newWalker(r, s)
-	tail := max(found.tail, found.below)
-	rec.State.Head, rec.Seal = tail, 0
+	tail := found.tail
+	rec.State.Head, rec.State.Tail, rec.Seal = tail, tail, 0
 	if found.start == tail { // everything before the run that names the tail is home
 		rec.Seal, rec.Generation = found.committed, found.generation
 	}
@@ -94,7 +94,6 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 	}
 	rec.Torn = found.start == rec.State.Head
 	rec.State.Committed = rec.Seal
-	rec.State.Tail = found.durableTail(rec)
 	rec.resolve(w.found)
 	return rec, found.judge(s, rec, broken)
 }
@@ -114,7 +113,8 @@ func (f *survey) judge(s *Superblock, rec *Recovered, err error) error {
 		return nil
 	}
 	return &RefusedError{
-		Reason: fmt.Sprintf("journal of volume %s is damaged in the run at position %d, behind seal %d, and %s", s.Name, rec.State.Head, rec.Seal, why),
+		Reason: fmt.Sprintf("journal of volume %s is damaged in run %d from the tail, at position %d behind seal %d, and %s",
+			s.Name, rec.Runs+1, rec.State.Head, rec.Seal, why),
 		Remedy: "restore the backing or the journal from elsewhere, or --force to give up what that run and those behind it hold",
 		Err:    err,
 	}
@@ -125,9 +125,8 @@ type survey struct {
 	chunks     int
 	start      uint64 // the highest start of a run
 	generation uint64 // of that run
-	tail       uint64 // the highest that a chunk of that run names
-	below      uint64 // the highest that a chunk of any other run names
-	committed  uint64 // the highest that is named
+	tail       uint64 // the highest that any chunk names
+	committed  uint64 // likewise
 	unreadable error  // the first
 	bad        int    // blocks
 }
@@ -135,32 +134,10 @@ type survey struct {
 // add takes a chunk into account. Every header that is valid was true when it was written: also one of a run that
 // was never committed says what was home and what was committed before it.
 func (f *survey) add(c *Chunk) {
-	f.chunks++
-	f.committed = max(f.committed, c.Committed)
-	switch {
-	case f.chunks == 1:
-		f.start, f.generation, f.tail = c.Start, c.Generation, c.Tail
-	case c.Start > f.start:
-		f.below = max(f.below, f.tail)
-		f.start, f.generation, f.tail = c.Start, c.Generation, c.Tail
-	case c.Start == f.start:
-		f.tail = max(f.tail, c.Tail)
-	default:
-		f.below = max(f.below, c.Tail)
+	f.tail, f.committed = max(f.tail, c.Tail), max(f.committed, c.Committed)
+	if f.chunks++; f.chunks == 1 || c.Start > f.start {
+		f.start, f.generation = c.Start, c.Generation
 	}
-}
-
-// durableTail is the tail that bounds what the ring needs if the broken run behind its head, and with it the tail
-// that only that run names, goes. It is bounded by what a Ring leaves free in any case.
-func (f *survey) durableTail(rec *Recovered) uint64 {
-	tail := max(f.tail, f.below)
-	if rec.Torn {
-		tail = f.below
-	}
-	if used := rec.ring.blocks - reserveBlocks(rec.ring.blocks)/2; rec.State.Head > used {
-		tail = max(tail, rec.State.Head-used)
-	}
-	return min(tail, rec.State.Head)
 }
 
 // surveyRing reads the whole ring and collects every header that lies where it says that it does.
@@ -336,25 +313,43 @@ func (w *walker) block(pos uint64) ([]byte, error) {
 }
 
 // ResumeAt finds where a ring has got to of which the memory says st, when the process ended after a run was written
-// and before its memory noted that: whole runs from the head on are accepted. It reads only those. Whether they are
-// durable is not known: the caller syncs the journal before it relies on them. Whatever else lies at the head was
-// never committed and is written over. What cannot be read there is an error.
+// and before its memory noted that: whole runs from the head on are accepted. It reads only those. They may lie in a
+// cache: a journal that can Sync is synced, else the caller sees to that. Whatever else lies at the head was never
+// committed and is written over. What cannot be read there is an error, and then st is returned as it was.
 func ResumeAt(r io.ReaderAt, s *Superblock, st RingState) (RingState, error) {
 	if s.Journal == KindNone || st.Stamp != s.RingStamp || st.Stamp == 0 {
 		return st, fmt.Errorf("resume journal of volume %s: memory is of ring %016x, the superblock of %016x", s.Name, st.Stamp, s.RingStamp)
 	}
 	w := newWalker(r, s)
 	w.keep = false
+	at := st
 	for {
-		run, err := w.walk(context.Background(), st.Head)
-		switch {
-		case errors.Is(err, errNotWhole):
-			return st, nil
-		case err != nil:
+		run, err := w.walk(context.Background(), at.Head)
+		if errors.Is(err, errNotWhole) {
+			break
+		}
+		if err != nil {
 			return st, fmt.Errorf("resume journal of volume %s: %w", s.Name, err)
 		}
-		st.Head, st.Tail, st.Committed = run.end(), run.Tail, run.Seal
+		at.Head, at.Tail, at.Committed = run.end(), run.Tail, run.Seal
 	}
+	if at == st {
+		return st, nil
+	}
+	if err := syncJournal(r); err != nil {
+		return st, fmt.Errorf("resume journal of volume %s: %w", s.Name, err)
+	}
+	return at, nil
+}
+
+// syncJournal makes durable what was read and may lie in a cache.
+func syncJournal(r io.ReaderAt) error {
+	if j, ok := r.(interface{ Sync() error }); ok {
+		if err := j.Sync(); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+	}
+	return nil
 }
 
 // Find looks in the ring, from tail to head of st, for the data of the entry of that block with that number, and reads

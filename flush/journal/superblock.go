@@ -193,7 +193,9 @@ type Superblock struct {
 	RegionBytes           int64  // what a bit of it stands for
 	DataBytes             int64  // with KindExternal the size of the backing with the data, else 0
 	ZeroOffset, ZeroBytes int64  // a range of the backing, before the metadata, that reads as zeroes and may not be zero yet; ZeroBytes 0: none
-	Committed             uint64 // the highest committed number known when this was written
+	// Committed is the highest committed number known when this was written. With a ring it is the seal of a run that
+	// is durable: Scan refuses a ring that does not hold it.
+	Committed uint64
 
 	newest int // the copy that holds: Store writes the other one first
 }
