@@ -620,6 +620,10 @@ var cutPlants = []struct {
 	m   cutMode
 }{
 	{"drain-skips", cutMode{journal: "none", ack: "disk", size: 64 * mib}},
+	{"commit-skips", cutMode{journal: "internal", ack: "disk", size: 64 * mib}},
+	{"ack-before-commit", cutMode{journal: "internal", ack: "disk", size: 64 * mib}},
+	{"tail-early", cutMode{journal: "internal", ack: "disk", size: 64 * mib}},
+	{"home-before-commit", cutMode{journal: "internal", ack: "ram", staleness: "100ms", size: 64 * mib}},
 }
 
 // TestPowerCutPlanted cuts the power of a build with a bug until it is found, and of the same build without it.
@@ -634,7 +638,7 @@ func TestPowerCutPlanted(t *testing.T) {
 				p := newPowerCut(t, row.m, volume{binary: binary, env: []string{"RAMSHELF_PLANT=" + bug}})
 				limit := 60 // cuts to find the bug; far fewer show that there is none to find
 				if bug == "" {
-					limit = 6
+					limit = 2
 				}
 				probe := &probe{TB: t}
 				done := make(chan struct{})
