@@ -60,6 +60,22 @@ func (c *Cache) dropLost(gone []uint32) []uint32 {
 	return gone
 }
 
+// Plan gives the ranges that the sweep is going to zero or write, in no order, and some perhaps that it will not.
+func (c *Cache) Plan(give func(off, n int64)) {
+	p := &c.pass
+	c.pub.Lock()
+	zeroes := c.zeroes.between(0, p.seal)
+	c.pub.Unlock()
+	for _, e := range zeroes {
+		give(int64(e.first)*BlockBytes, int64(e.end-e.first)*BlockBytes)
+	}
+	for s, ok := p.left.next(0); ok; s, ok = p.left.next(s + 1) {
+		if c.placed(s) {
+			give(int64(c.meta(s).block)*BlockBytes, BlockBytes)
+		}
+	}
+}
+
 // Zeroes gives the extents that are not home yet, as ranges of bytes, oldest first. They go home before any block.
 func (c *Cache) Zeroes(give func(off, n int64)) {
 	p := &c.pass

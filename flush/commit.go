@@ -279,6 +279,9 @@ func (c *commits) begin(seal uint64) {
 // chunk writes the next chunk of the run. It reports false when the attempt is lost: lane.wait tells why.
 func (c *commits) chunk(others []journal.Entry, blocks []Block, last bool) bool {
 	c.entries = append(c.entries[:0], others...)
+	if i := c.f.o.Intent; i != nil {
+		markIntent(i, others, blocks)
+	}
 	for i := range blocks {
 		b := &blocks[i]
 		mask := b.Dirty
@@ -303,6 +306,18 @@ func (c *commits) chunk(others []journal.Entry, blocks []Block, last bool) bool 
 		c.put(blocks[i].Data)
 	}
 	return true
+}
+
+// markIntent marks what a chunk is going to commit.
+func markIntent(i Intent, others []journal.Entry, blocks []Block) {
+	for _, e := range others {
+		if e.Kind == journal.EntryZero {
+			i.Mark(int64(e.Block)*BlockBytes, int64(e.Blocks)*BlockBytes, e.Number)
+		}
+	}
+	for _, b := range blocks {
+		i.Mark(int64(b.Number)*BlockBytes, BlockBytes, b.Sequence)
+	}
 }
 
 // place sees to it that job is one that the block at next can join.

@@ -163,6 +163,7 @@ type Options struct {
 	// all the time goes there once in that time.
 	SweepAfter time.Duration
 	Journal    *Journal // nil: a seal is committed by being home
+	Intent     Intent   // nil: nothing is kept
 	// HoldUp is how long the power lasts: what is uncommitted is kept to what the journal can save in that time, by the
 	// first percentile of how fast it was. 0: no such bound.
 	HoldUp time.Duration
@@ -199,6 +200,7 @@ type Flusher struct {
 	sweep    sweep // owned by the goroutine of the way home
 	homeLane lane
 	commits  *commits // nil without a journal
+	intents  *intents // nil without an Intent
 
 	counters counters
 	health   health
@@ -240,7 +242,9 @@ func New(src Source, dev Backing, o Options) (*Flusher, error) {
 		f.commits = newCommits(f, journaled, o.Journal, d)
 	}
 	f.sweep.init(f)
-	return f, nil
+	var err error
+	f.intents, err = newIntents(f)
+	return f, err
 }
 
 // complete puts in the defaults and checks the bounds.

@@ -30,6 +30,9 @@ func (f *Flusher) runDirect() {
 		seal, dirtyBytes, _ := f.src.Seal()
 		f.counters.seals.Add(1)
 		f.src.Sweep()
+		if f.intents != nil {
+			f.intents.seal = seal
+		}
 		m, ok := f.bringHome()
 		if !ok {
 			return
@@ -83,7 +86,7 @@ func (f *Flusher) runHome() {
 		}
 		moved = f.src.Sweep()
 		swept = time.Now()
-		if moved {
+		if moved || f.intents != nil { // before the tail passes what is lost, and does not go home, its region is kept too
 			if _, ok := f.bringHome(); !ok {
 				return
 			}

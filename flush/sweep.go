@@ -37,6 +37,9 @@ func (f *Flusher) pass() (moved bool, err error) {
 	s.reset()
 	f.homeLane.begins()
 	begin, before := time.Now(), f.homeLane.bytes.Load()
+	if err := f.intents.before(f); err != nil {
+		return false, err
+	}
 	pending, err := s.zero()
 	moved = pending
 	for err == nil && !s.ended {

@@ -100,18 +100,24 @@ func TestDescribe(t *testing.T) {
 	v := control.VolumeStatus{
 		Name: "vol", Role: "primary", State: "degraded", Ack: "peer", AckInForce: "disk", Clients: 2,
 		SizeBytes: 1 << 30, DirtyBytes: 4 << 20, UncommittedBytes: 8192, UncommittedAgeSeconds: 0.31,
-		Epoch:       control.Epoch{Open: 7, Committed: 6},
-		MemoryBytes: 256 << 20, ResidentBytes: 1 << 20, FreeBytes: 255 << 20, Journal: control.JournalStatus{Kind: "none"},
+		Epoch: control.Epoch{Open: 7, Committed: 6}, CommitSeconds: 0.25, Emergency: true,
+		SuspectBytes: 65536, Suspect: []control.Range{{OffsetBytes: 131072, LengthBytes: 65536}},
+		MemoryBytes: 256 << 20, ResidentBytes: 1 << 20, FreeBytes: 255 << 20,
+		Journal: control.JournalStatus{Kind: "external", Address: "/dev/sdc", Bytes: 8 << 20, UsedBytes: 3 << 20, WrittenBytes: 1 << 30, BytesPerSecond: 200 << 20, SlowestBytesPerSecond: 100 << 20},
 		Backing: control.BackingStatus{State: "failed", Address: "/dev/sdb", WrittenBytes: 1 << 20, Error: "write: EIO"},
 		Exports: []string{"nbd://127.0.0.1:10809/vol"}, DrainRemainingBytes: 4 << 20, LostBlocks: 1,
 		Peer: &control.Peer{State: "Connecting", OutOfSyncBytes: 4096},
 	}
-	const want = `vol role:Primary state:degraded ack:peer (in force: disk) clients:2
+	const want = `vol role:Primary state:degraded ack:peer (in force: disk) emergency:on clients:2
   disk:Failed size:1.0 GiB dirty:4.0 MiB uncommitted:8.0 KiB (oldest 0.3s) epoch:7 committed:6
-  memory:256 MiB resident:1.0 MiB free:255 MiB journal:none
+  if this node loses power now: at most 8.0 KiB is lost, of what was answered before ack=disk was in force (committing it takes 0.2s)
+  memory:256 MiB resident:1.0 MiB free:255 MiB
+  journal:external /dev/sdc size:8.0 MiB used:3.0 MiB (37%) written:1.0 GiB speed:200 MiB/s, at worst 100 MiB/s
   backing:/dev/sdb state:failed written:1.0 MiB error:"write: EIO"
   draining: 4.0 MiB left
   lost blocks:1
+  suspect:64 KiB, which may hold a mixture of older and newer blocks
+    64 KiB at 131072
   peer link:Connecting out-of-sync:4.0 KiB
   export:nbd://127.0.0.1:10809/vol
 `
@@ -119,5 +125,27 @@ func TestDescribe(t *testing.T) {
 	describe(&b, &v)
 	if got := b.String(); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestPowerLoss(t *testing.T) {
+	for _, c := range []struct {
+		ack, force, journal string
+		uncommitted         int64
+		want                string
+	}{
+		{"ram", "ram", "internal", 0, "nothing is lost"},
+		{"ram", "ram", "none", 0, "nothing is lost"},
+		{"disk", "disk", "internal", 4096, "nothing that was answered is lost"},
+		{"disk", "disk", "none", 4096, "nothing that was answered is lost, and what is being written home is a mixture of older and newer blocks"},
+		{"ram", "ram", "external", 4096, "4.0 KiB is lost, the volume goes back by 1.5s"},
+		{"ram", "ram", "none", 4096, "4.0 KiB is lost, and what is being written home is a mixture of older and newer blocks"},
+		{"ram", "disk", "internal", 4096, "at most 4.0 KiB is lost, of what was answered before ack=disk was in force"},
+	} {
+		v := control.VolumeStatus{Ack: c.ack, AckInForce: c.force, UncommittedBytes: c.uncommitted, UncommittedAgeSeconds: 1.5,
+			Journal: control.JournalStatus{Kind: c.journal}}
+		if got := powerLoss(&v); got != c.want {
+			t.Errorf("%+v: %q", c, got)
+		}
 	}
 }

@@ -162,3 +162,25 @@ func TestDescribeRecovery(t *testing.T) {
 		t.Errorf("got\n%s", got)
 	}
 }
+
+// A volume without journal that was being written says where, whoever is asked, until it is stopped cleanly.
+func TestSuspectRegions(t *testing.T) {
+	at, content := killed(t, "--journal", "none")
+	if err := os.Remove(at.shm + "/vol.mem"); err != nil {
+		t.Fatal(err)
+	}
+	verb := []string{"recover", "--backing", "file:" + at.backing, "--shm", at.shm, "--dry-run"}
+	expect(t, verb, control.ExitDone, "journal:none", "suspect:192 KiB, which may hold a mixture", "192 KiB at 0", "nothing was changed")
+	d := start(t, at.args("--journal", "none")...)
+	d.ready()
+	waitFor(t, d, "regions may hold a mixture of older and newer blocks")
+	expect(t, []string{"status", "--control", at.control}, control.ExitDone, "if this node loses power now: nothing is lost", "suspect:192 KiB", "192 KiB at 0")
+	if v := volumes(t, at)[0]; v.SuspectBytes != 192<<10 || len(v.Suspect) != 1 || v.Suspect[0] != (control.Range{LengthBytes: 192 << 10}) {
+		t.Errorf("status --json after %d bytes were written at 8192: %d bytes, %v", len(content), v.SuspectBytes, v.Suspect)
+	}
+	d.signal(syscall.SIGTERM)
+	if code := d.wait(); code != control.ExitDone {
+		t.Errorf("exit code %d\n%s", code, d.stderr)
+	}
+	expect(t, verb, control.ExitDone, "nothing to do")
+}

@@ -110,8 +110,10 @@ func describe(b *strings.Builder, v *control.VolumeStatus) {
 	fmt.Fprintf(b, "  disk:%s size:%s dirty:%s uncommitted:%s (oldest %.1fs) epoch:%d committed:%d\n",
 		diskWord(v), config.FormatBytes(v.SizeBytes), config.FormatBytes(v.DirtyBytes),
 		config.FormatBytes(v.UncommittedBytes), v.UncommittedAgeSeconds, v.Epoch.Open, v.Epoch.Committed)
-	fmt.Fprintf(b, "  memory:%s resident:%s free:%s journal:%s\n", config.FormatBytes(v.MemoryBytes),
-		config.FormatBytes(v.ResidentBytes), config.FormatBytes(v.FreeBytes), v.Journal.Kind)
+	fmt.Fprintf(b, "  if this node loses power now: %s\n", powerLoss(v))
+	fmt.Fprintf(b, "  memory:%s resident:%s free:%s\n", config.FormatBytes(v.MemoryBytes),
+		config.FormatBytes(v.ResidentBytes), config.FormatBytes(v.FreeBytes))
+	describeJournal(b, &v.Journal)
 	fmt.Fprintf(b, "  backing:%s state:%s written:%s", v.Backing.Address, v.Backing.State,
 		config.FormatBytes(v.Backing.WrittenBytes))
 	if v.Backing.Error != "" {
@@ -129,12 +131,56 @@ func describe(b *strings.Builder, v *control.VolumeStatus) {
 	if v.LostBlocks > 0 {
 		fmt.Fprintf(b, "  lost blocks:%d\n", v.LostBlocks)
 	}
+	if v.SuspectBytes > 0 {
+		fmt.Fprintf(b, "  suspect:%s, which may hold a mixture of older and newer blocks\n", config.FormatBytes(v.SuspectBytes))
+		describeRanges(b, v.Suspect)
+	}
 	if v.Peer != nil {
 		fmt.Fprintf(b, "  peer link:%s out-of-sync:%s\n", v.Peer.State, config.FormatBytes(v.Peer.OutOfSyncBytes))
 	}
 	for _, uri := range v.Exports {
 		fmt.Fprintf(b, "  export:%s\n", uri)
 	}
+}
+
+// powerLoss is what a loss of power of this node, and of nothing else, would do to the volume now.
+func powerLoss(v *control.VolumeStatus) string {
+	lost, without := config.FormatBytes(v.UncommittedBytes), v.Journal.Kind == "none"
+	var text string
+	switch {
+	case v.UncommittedBytes == 0:
+		text = "nothing is lost"
+	case v.Ack == string(config.AckDisk):
+		text = "nothing that was answered is lost"
+	case v.AckInForce == string(config.AckDisk):
+		text = fmt.Sprintf("at most %s is lost, of what was answered before ack=disk was in force", lost)
+	case without:
+		text = lost + " is lost"
+	default:
+		text = fmt.Sprintf("%s is lost, the volume goes back by %.1fs", lost, v.UncommittedAgeSeconds)
+	}
+	if v.UncommittedBytes > 0 && without {
+		text += ", and what is being written home is a mixture of older and newer blocks"
+	}
+	if v.CommitSeconds > 0 {
+		text += fmt.Sprintf(" (committing it takes %.1fs)", v.CommitSeconds)
+	}
+	return text
+}
+
+func describeJournal(b *strings.Builder, j *control.JournalStatus) {
+	fmt.Fprintf(b, "  journal:%s", j.Kind)
+	if j.Address != "" {
+		fmt.Fprintf(b, " %s", j.Address)
+	}
+	if j.Bytes > 0 {
+		fmt.Fprintf(b, " size:%s used:%s (%d%%) written:%s", config.FormatBytes(j.Bytes), config.FormatBytes(j.UsedBytes),
+			j.UsedBytes*100/j.Bytes, config.FormatBytes(j.WrittenBytes))
+	}
+	if j.BytesPerSecond > 0 {
+		fmt.Fprintf(b, " speed:%s/s, at worst %s/s", config.FormatBytes(j.BytesPerSecond), config.FormatBytes(j.SlowestBytesPerSecond))
+	}
+	b.WriteByte('\n')
 }
 
 func title(s string) string {

@@ -30,7 +30,7 @@ func full() Status {
 			Exports:   []string{"nbd://127.0.0.1:10809/vol"},
 			SizeBytes: 1 << 30, MemoryBytes: 256 << 20, ResidentBytes: 100 << 20, FreeBytes: 156 << 20,
 			DirtyBytes: 8192, UncommittedBytes: 4096, UncommittedAgeSeconds: 0.25, UncommittedLimitBytes: 85 << 20, CommitSeconds: 0.5,
-			FillRemainingBytes: 12288, DrainRemainingBytes: 16384, LostBlocks: 3, Generation: 9,
+			FillRemainingBytes: 12288, DrainRemainingBytes: 16384, LostBlocks: 3, SuspectBytes: 65536, Suspect: []Range{{OffsetBytes: 131072, LengthBytes: 65536}}, Generation: 9,
 			Epoch: Epoch{Open: 7, Committed: 6},
 			Peer:  &Peer{State: "Connected", OutOfSyncBytes: 20480},
 			Backing: BackingStatus{State: BackingSlow, Kind: "file", Address: "file:/srv/vol.img", Error: "write: EIO",

@@ -69,6 +69,8 @@ type VolumeStatus struct {
 	FillRemainingBytes    int64   `json:"fill_remaining_bytes"`    // of the background fill
 	DrainRemainingBytes   int64   `json:"drain_remaining_bytes"`   // of a clean stop under way
 	LostBlocks            uint64  `json:"lost_blocks"`             // unreadable until rewritten
+	SuspectBytes          int64   `json:"suspect_bytes"`           // may hold a mixture of older and newer blocks
+	Suspect               []Range `json:"suspect"`                 // where, the first of them
 	Generation            uint64  `json:"generation"`
 
 	Epoch   Epoch         `json:"epoch"`

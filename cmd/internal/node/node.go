@@ -35,6 +35,10 @@ type Volume struct {
 	device     *device
 	stepDown   stepDown
 
+	intent       *intent         // nil where nothing is kept
+	suspect      []control.Range // regions that were being written when the memory was lost, the first of them
+	suspectBytes int64           // of all of them
+
 	stop   chan struct{} // ends the goroutines below
 	wg     sync.WaitGroup
 	closed sync.Once
@@ -128,6 +132,9 @@ func (v *Volume) assemble(size int64, rec *recovery) error {
 			q := f.Queue()
 			v.queue, options.Journal.Dev = q, q
 		}
+	}
+	if v.intent != nil {
+		options.Intent = v.intent
 	}
 	f, err := flush.New(&source{Cache: c}, v.backing, options)
 	if err != nil {
@@ -224,6 +231,9 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 	if err == nil {
 		err = v.finishZero(ctx)
 	}
+	if err == nil {
+		err = v.openIntent(ctx, found.Adopted, memory, &rec)
+	}
 	if err != nil {
 		return rec, err
 	}
@@ -267,9 +277,11 @@ func (v *Volume) beginGeneration(memory *memoryFile, seal uint64) {
 }
 
 // generation is the current generation of the volume, 0 before the first.
-func (v *Volume) generation() uint64 {
-	if n := len(v.superblock.Generations); n > 0 {
-		return v.superblock.Generations[n-1].ID
+func (v *Volume) generation() uint64 { return generationOf(v.superblock) }
+
+func generationOf(s *journal.Superblock) uint64 {
+	if n := len(s.Generations); n > 0 {
+		return s.Generations[n-1].ID
 	}
 	return 0
 }
@@ -364,6 +376,7 @@ func (v *Volume) Status() control.VolumeStatus {
 		DirtyBytes: c.DirtyBytes, UncommittedBytes: c.UncommittedBytes, UncommittedLimitBytes: c.LimitBytes, LostBlocks: c.Lost,
 		Epoch:   control.Epoch{Open: c.Open + 1, Committed: c.Committed},
 		Journal: v.journalStatus(&f),
+		Suspect: v.suspect, SuspectBytes: v.suspectBytes,
 		Reads:   control.Traffic{Requests: c.Reads, Bytes: c.ReadBytes},
 		Writes:  control.Traffic{Requests: c.Writes, Bytes: c.WriteBytes},
 		Zeroes:  control.Traffic{Requests: c.Zeroes, Bytes: c.ZeroBytes},
@@ -448,7 +461,14 @@ func (v *Volume) retire(ctx context.Context) error {
 			return
 		}
 		v.superblock.Clean, v.superblock.Committed = true, v.lastCommitted()
-		err = await(ctx, func() error { return v.superblock.Store(v.meta, time.Now()) })
+		err = await(ctx, func() error {
+			if v.intent != nil {
+				if err := v.intent.retire(v.superblock.Committed); err != nil {
+					return err
+				}
+			}
+			return v.superblock.Store(v.meta, time.Now())
+		})
 		switch {
 		case errors.Is(err, flush.ErrInFlight):
 		case err != nil:

@@ -17,14 +17,15 @@ const pageBytes = cache.BlockBytes
 // plug is a disk in memory that can be unplugged: what was not synced then stays or goes, each sector by itself.
 type plug struct {
 	mu       sync.Mutex
-	base     []byte           // what it was made of; never written
-	size     int64            // what lies behind base is zero
-	now      map[int64][]byte // pages as they are, else as they are in base
-	durable  map[int64][]byte // pages as they are without power, likewise
-	unsynced map[int64]bool   // sectors
-	left     int              // operations until it is unplugged, which that one does not survive; negative: it never is
-	holes    bool             // Extents tells pages of zeroes from data, as a file does; else all is data, as of a disk
-	reads    int64            // bytes
+	base     []byte             // what it was made of; never written
+	size     int64              // what lies behind base is zero
+	now      map[int64][]byte   // pages as they are, else as they are in base
+	durable  map[int64][]byte   // pages as they are without power, likewise
+	unsynced map[int64]bool     // sectors
+	left     int                // operations until it is unplugged, which that one does not survive; negative: it never is
+	holes    bool               // Extents tells pages of zeroes from data, as a file does; else all is data, as of a disk
+	reads    int64              // bytes
+	watch    func(off, n int64) // is told of every write before it is done
 }
 
 func newPlug(content []byte, left int) *plug {
@@ -137,6 +138,9 @@ func (p *plug) settled() bool {
 }
 
 func (p *plug) WriteAt(b []byte, off int64) (int, error) {
+	if p.watch != nil {
+		p.watch(off, int64(len(b)))
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.left == 0 || off+int64(len(b)) > p.size {

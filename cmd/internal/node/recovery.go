@@ -17,7 +17,8 @@ type recovery struct {
 	state journal.RingState
 	seal  uint64 // the volume is as it was then, where the memory is lost
 	lost  []journal.LostBlock
-	warm  bool // the memory has everything: nothing is replayed, and the ring goes on
+	warm  bool               // the memory has everything: nothing is replayed, and the ring goes on
+	found *journal.Recovered // what was replayed; nil where nothing was
 }
 
 // recover finds what is committed. Without the memory everything that is goes home; with it the ring goes on where it was.
@@ -61,7 +62,7 @@ func (v *Volume) replay(ctx context.Context, rec *journal.Recovered) (recovery, 
 	}
 	v.log.Info("recovered from the journal", "seal", rec.Seal, "runs", rec.Runs, "blocks", config.FormatBytes(rec.BlockBytes),
 		"zeroes", config.FormatBytes(rec.ZeroBytes), "lost", len(rec.Lost), "torn", rec.Torn, "dur", time.Since(began).Round(time.Millisecond))
-	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
+	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost, found: rec}, nil
 }
 
 // finishZero zeroes what a resize has left to be zeroed, which the superblock no longer says when it is stored next.

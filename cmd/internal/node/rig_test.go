@@ -161,7 +161,7 @@ type ended chan syscall.Errno
 func (e ended) Ended(op *cache.Op) { e <- op.Err }
 
 // write is answered by the cache.
-func write(t *testing.T, v *Volume, off int64, data []byte) {
+func write(t testing.TB, v *Volume, off int64, data []byte) {
 	t.Helper()
 	done := make(ended, 1)
 	op := &cache.Op{Off: off, Len: int64(len(data)), Payload: data, Owner: done}
