@@ -18,6 +18,8 @@ type recovery struct {
 	seal  uint64 // the volume is as it was then, where the memory is lost
 	lost  []journal.LostBlock
 	warm  bool // the memory has everything: nothing is replayed, and the ring goes on
+
+	gaveUp bool // the journal is damaged, and what was committed behind the damage is gone
 }
 
 // recover finds what is committed. Without the memory everything that is goes home; with it the ring goes on where it was.
@@ -34,6 +36,7 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	began := time.Now()
 	p := progressLog{log: v.log, what: "scanning the journal"}
 	rec, err := journal.Scan(ctx, v.meta, s, p.report)
+	gaveUp := err != nil
 	if err = v.refused(err); err != nil {
 		if rec == nil || !v.config.Force {
 			return recovery{}, err
@@ -46,7 +49,7 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	}
 	v.log.Info("recovered from the journal", "seal", rec.Seal, "runs", rec.Runs, "blocks", config.FormatBytes(rec.BlockBytes),
 		"zeroes", config.FormatBytes(rec.ZeroBytes), "lost", len(rec.Lost), "torn", rec.Torn, "dur", time.Since(began).Round(time.Millisecond))
-	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
+	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost, gaveUp: gaveUp}, nil
 }
 
 // resume lets the ring go on where the memory says that it was. Where it says nothing a start before this one was killed when it
