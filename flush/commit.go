@@ -404,7 +404,9 @@ func (c *commits) measure(bytes int64, d time.Duration) {
 
 func (c *commits) holdUp() {
 	if slowest := c.rate.lowest(); c.f.o.HoldUp > 0 && slowest > 0 {
-		c.src.Limit(max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds())))
+		limit := max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds()))
+		c.rate.allow(limit)
+		c.src.Limit(limit)
 	}
 }
 
