@@ -76,7 +76,7 @@ func (v *Volume) open(ctx context.Context, d *config.Daemon) error {
 	memory := memoryFile{
 		path: d.MemoryFile(v.config), force: v.config.Force, log: v.log,
 		id:    arena.Identity{Volume: found.Superblock.UUID, SizeBytes: size, MemoryBytes: int64(v.config.Memory)},
-		stamp: found.Superblock.Incarnation.Stamp,
+		stamp: found.Superblock.Incarnation.Stamp, clean: found.Superblock.Clean,
 	}
 	if v.arena, err = memory.open(); err != nil {
 		return err
