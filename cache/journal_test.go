@@ -263,3 +263,48 @@ func TestIdleSealsTakeNoNumber(t *testing.T) {
 		t.Errorf("committed %d, open %d after seals of nothing, want %d", v.Stats().Committed, v.Stats().Open, first)
 	}
 }
+
+// TestLostUntilCommitted: a block that is lost and written over stays on the list as of the committed seal, by a write and by an
+// extent, until the seal of those is committed.
+func TestLostUntilCommitted(t *testing.T) {
+	v := newVolume(t, testSize, testMemory, func(cfg *cache.Config) { cfg.Journaled = true })
+	c := v.client()
+	p := bytes.Repeat([]byte{0xa5}, 4096)
+	for _, off := range []int64{0, 4096, 8192} {
+		if err := c.write(off, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v.commit()
+	if n := v.flipAll(t, p); n != 3 {
+		t.Fatalf("flipped %d blocks, want 3", n)
+	}
+	for _, off := range []int64{0, 4096, 8192} {
+		if _, err := c.read(off, 4096); err == nil {
+			t.Fatalf("block at %d with a flipped bit was read", off)
+		}
+	}
+	lost := func(seal uint64) (blocks []uint64) {
+		v.LostBlocks(seal, func(block, _ uint64) { blocks = append(blocks, block) })
+		slices.Sort(blocks)
+		return blocks
+	}
+	committed := v.journal.committed
+	if err := c.write(4096, p); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.zero(8192, 4096); err != nil {
+		t.Fatal(err)
+	}
+	seal, _, _ := v.Seal()
+	if got := lost(committed); !slices.Equal(got, []uint64{0, 1, 2}) {
+		t.Errorf("as of the committed seal %v are lost, want 0, 1 and 2", got)
+	}
+	if got := lost(seal); !slices.Equal(got, []uint64{0}) {
+		t.Errorf("as of the newest seal %v are lost, want 0", got)
+	}
+	v.Committed(seal)
+	if got := lost(seal); !slices.Equal(got, []uint64{0}) {
+		t.Errorf("after its commit %v are lost, want 0", got)
+	}
+}

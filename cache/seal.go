@@ -88,14 +88,19 @@ func (c *Cache) Take(dst []Version) int {
 // Retake starts the walk of Take again.
 func (c *Cache) Retake() { c.take.restart() }
 
-// LostBlocks gives the blocks that are lost as of the seal: what nobody can read until it is written again.
-func (c *Cache) LostBlocks(give func(block, sequence uint64)) {
+// LostBlocks gives the blocks that are lost as of seal, which is the newest or the newest committed one: what nobody can read
+// until it is written again.
+func (c *Cache) LostBlocks(seal uint64, give func(block, sequence uint64)) {
 	type lostBlock struct{ block, number uint64 }
 	var found []lostBlock
 	c.pub.Lock()
+	segments := c.zeroes.committed
+	if seal == c.seal {
+		segments = c.zeroes.sealed
+	}
 	for s := range c.lost {
 		block, number := c.meta(s).block, c.arena.Headers[s].Number.Load()
-		if number <= c.seal && c.placed(s) && coveringIn(c.zeroes.sealed, block) < number && !c.superseded(s, block, c.seal) {
+		if number <= seal && c.placed(s) && coveringIn(segments, block) < number && !c.superseded(s, block, seal) {
 			found = append(found, lostBlock{block, number})
 		}
 	}

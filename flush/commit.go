@@ -23,8 +23,9 @@ type commits struct {
 	mark     atomic.Uint64 // position behind the last run whose blocks all are on their way home, or are there
 	moved    chan struct{} // the tail was moved: a run should name it
 
-	mu   sync.Mutex // guards ring
+	mu   sync.Mutex // guards ring and home
 	ring *journal.Ring
+	home uint64 // everything before this position is home and synced
 
 	sealedAt time.Time
 	named    bool // the last run that committed something is named by one behind it
@@ -48,9 +49,10 @@ func newCommits(f *Flusher, src Journaled, j *Journal, d *disk) *commits {
 		entries: make([]journal.Entry, 0, journal.EntriesPerChunk),
 	}
 	c.lane.init(f, j.Dev, d)
-	head := c.ring.State().Head
-	c.mark.Store(head)
-	c.ready, c.lap = head, head+c.ring.Blocks()
+	st := c.ring.State()
+	c.mark.Store(st.Head)
+	c.home = st.Tail
+	c.ready, c.lap = st.Head, st.Head+c.ring.Blocks()
 	c.tellRoom()
 	return c
 }
@@ -162,7 +164,7 @@ func (c *commits) write(seal uint64, blocks int64) error {
 			if ended = n < room; ended {
 				// All of the seal was looked at: what is lost is known now.
 				others = slices.Clip(others)
-				c.src.LostBlocks(func(block, sequence uint64) {
+				c.src.LostBlocks(seal, func(block, sequence uint64) {
 					others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
 				})
 			}
@@ -185,12 +187,12 @@ func (c *commits) write(seal uint64, blocks int64) error {
 
 // writeMark writes a run without content: it names the tail, and that the run before it was committed.
 func (c *commits) writeMark() error {
-	c.begin(c.state().Committed)
-	others := c.others[:0]
-	c.src.LostBlocks(func(block, sequence uint64) {
-		if sequence <= c.state().Committed {
-			others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
-		}
+	committed := c.state().Committed
+	c.begin(committed)
+	// What a seal under way has written over is still lost if that is never committed. Its own entries are in c.others.
+	var others []journal.Entry
+	c.src.LostBlocks(committed, func(block, sequence uint64) {
+		others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
 	})
 	for last := false; !last; {
 		n := min(len(others), journal.EntriesPerChunk)
@@ -359,10 +361,10 @@ func (c *commits) finish() error {
 // advance says that everything before the position mark is home and synced. It reports whether that is news.
 func (c *commits) advance(mark uint64) bool {
 	c.mu.Lock()
-	news := mark > c.ring.State().Tail
+	news := mark > c.home
 	if news {
+		c.home = mark
 		c.ring.Advance(mark)
-		news = c.ring.TailPending()
 	}
 	c.mu.Unlock()
 	if news {

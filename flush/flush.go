@@ -81,8 +81,8 @@ type Journaled interface {
 	Take(dst []Block) int
 	// Retake begins again at the lowest block.
 	Retake()
-	// LostBlocks gives the blocks that nobody can read any more as of the seal.
-	LostBlocks(give func(block, sequence uint64))
+	// LostBlocks gives the blocks that nobody can read any more as of seal, which is the newest or the newest committed one.
+	LostBlocks(seal uint64, give func(block, sequence uint64))
 	// PressedHome reports that memory or journal are short: the sweep does not wait. Whoever makes it true
 	// calls Wake.
 	PressedHome() bool
@@ -223,7 +223,7 @@ func New(src Source, dev Backing, o Options) (*Flusher, error) {
 		src: src, o: o, log: o.Log,
 		wake: make(chan struct{}, 1), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
-	d := new(disk)
+	d := newDisk()
 	f.health.f = f
 	f.homeLane.init(f, dev, d)
 	if n := f.homeLane.out.sector; n > BlockBytes || n&(n-1) != 0 {
@@ -235,7 +235,7 @@ func New(src Source, dev Backing, o Options) (*Flusher, error) {
 			return nil, errors.New("the source knows no journal")
 		}
 		if !o.Journal.SameDisk {
-			d = new(disk)
+			d = newDisk()
 		}
 		f.commits = newCommits(f, journaled, o.Journal, d)
 	}

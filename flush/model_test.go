@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -31,42 +32,57 @@ const (
 // hangTime is how long a hanging operation takes on the clock of the bubble.
 const hangTime = 10 * time.Second
 
-// modelBacking is a disk with a volatile cache. It knows which writes a power cut could undo, and watches how
-// it is used.
-type modelBacking struct {
-	mu     sync.Mutex
-	rng    *rand.Rand
-	sector int
+// medium is a disk with a volatile cache. It knows which writes a power cut could undo.
+type medium struct {
+	mu  sync.Mutex
+	rng *rand.Rand
 
-	cache   []byte    // what reads return
-	durable []byte    // what is there after a power cut, without any of unsynced
-	pending []modelOp // unsynced: a power cut keeps any subset of them
+	cache   []byte     // what reads return
+	durable []byte     // what is there after a power cut, without any of what follows
+	pending []modelOp  // unsynced: a power cut keeps any subset of them
+	flying  []*modelOp // writes in flight: a power cut keeps any part of them
+	written uint64     // number of the last of pending
+
+	moment   func() // called, without lock, when something has changed; nil: nobody looks
+	problems []string
+}
+
+// modelBacking is a way to a medium, for one lane. It watches how it is used.
+type modelBacking struct {
+	*medium
+	from, to  int64 // the part of the medium that is its own
+	sector    int
+	unordered bool // writes need not ascend
 
 	inFlight []modelOp
 	lastDone map[string]int64 // highest offset of a completed operation of the pass, by kind
 
-	fault    func(kind string, n int) string // which fault hits the n-th operation of its kind, from 1
-	count    map[string]int
-	problems []string
+	fault func(kind string, n int) string // which fault hits the n-th operation of its kind, from 1
+	count map[string]int
 }
 
-// modelOp is an operation on a range; data is nil for an operation that is in flight.
+// modelOp is an operation on a range; data is nil for one that writes nothing.
 type modelOp struct {
-	kind string
-	off  int64
-	n    int64
-	data []byte
+	kind   string
+	off    int64
+	n      int64
+	data   []byte
+	number uint64 // in the order in which they were done
 }
 
 func newModelBacking(size int64, sector int, rng *rand.Rand) *modelBacking {
-	b := &modelBacking{
-		rng: rng, sector: sector, cache: make([]byte, size),
-		lastDone: map[string]int64{}, count: map[string]int{},
+	m := &medium{rng: rng, cache: make([]byte, size)}
+	fillRandom(rng, m.cache)
+	m.durable = bytes.Clone(m.cache)
+	return m.way(0, size, sector)
+}
+
+// way is another way to the medium.
+func (m *medium) way(from, to int64, sector int) *modelBacking {
+	return &modelBacking{
+		medium: m, from: from, to: to, sector: sector, lastDone: map[string]int64{}, count: map[string]int{},
 		fault: func(string, int) string { return "" },
 	}
-	fillRandom(rng, b.cache)
-	b.durable = bytes.Clone(b.cache)
-	return b
 }
 
 // fillRandom fills whole sectors.
@@ -76,9 +92,34 @@ func fillRandom(rng *rand.Rand, p []byte) {
 	}
 }
 
-func (b *modelBacking) problem(format string, args ...any) {
-	if len(b.problems) < 10 {
-		b.problems = append(b.problems, fmt.Sprintf(format, args...))
+// image is what a power cut leaves: of every sector the durable content or that of some write since. Callers hold mu.
+func (m *medium) image(rng *rand.Rand) []byte {
+	image := bytes.Clone(m.durable)
+	keep := []float64{0, 0.1, 0.5, 0.9, 1}[rng.IntN(5)]
+	for _, o := range m.pending {
+		if rng.Float64() < keep {
+			copy(image[o.off:], o.data)
+		}
+	}
+	for _, o := range m.flying {
+		for i := int64(0); i < o.n; i += SectorBytes {
+			if rng.Float64() < keep {
+				copy(image[o.off+i:], o.data[i:i+SectorBytes])
+			}
+		}
+	}
+	return image
+}
+
+func (m *medium) happened() {
+	if m.moment != nil {
+		m.moment()
+	}
+}
+
+func (m *medium) problem(format string, args ...any) {
+	if len(m.problems) < 10 {
+		m.problems = append(m.problems, fmt.Sprintf(format, args...))
 	}
 }
 
@@ -94,10 +135,11 @@ func (b *modelBacking) newOrder() {
 
 // enter checks an operation against the ones in flight and says how it will end.
 func (b *modelBacking) enter(kind string, off, n int64) string {
+	defer b.happened()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.count[kind]++
-	if off < 0 || off+n > int64(len(b.cache)) || off%int64(b.sector) != 0 || n%int64(b.sector) != 0 {
+	if kind != opSync && (off < b.from || off+n > b.to) || off%int64(b.sector) != 0 || n%int64(b.sector) != 0 {
 		b.problem("%s of %d bytes at %d: not whole sectors inside the backing", kind, n, off)
 	}
 	for _, o := range b.inFlight {
@@ -108,7 +150,7 @@ func (b *modelBacking) enter(kind string, off, n int64) string {
 			b.problem("%s while a %s is in flight", kind, o.kind)
 		}
 	}
-	if last, ok := b.lastDone[kind]; ok && kind != opRead && kind != opSync && off <= last {
+	if last, ok := b.lastDone[kind]; ok && !b.unordered && kind != opRead && kind != opSync && off <= last {
 		b.problem("%s at %d started after the one at %d had ended", kind, off, last)
 	}
 	b.inFlight = append(b.inFlight, modelOp{kind: kind, off: off, n: n})
@@ -143,10 +185,18 @@ func (b *modelBacking) change(kind string, off int64, data []byte) error {
 // finish is the rest of change after enter.
 func (b *modelBacking) finish(kind string, off int64, data []byte, fault string) error {
 	n := int64(len(data))
+	flying := &modelOp{kind: kind, off: off, n: n, data: data}
+	b.mu.Lock()
+	if fault != faultFail {
+		b.flying = append(b.flying, flying)
+	}
+	b.mu.Unlock()
 	b.latency(fault)
+	defer b.happened()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	defer b.leave(kind, off, n)
+	b.flying = slices.DeleteFunc(b.flying, func(o *modelOp) bool { return o == flying })
 	if fault == faultFail {
 		return syscall.EIO
 	}
@@ -156,7 +206,8 @@ func (b *modelBacking) finish(kind string, off int64, data []byte, fault string)
 		}
 		sector := bytes.Clone(data[i : i+SectorBytes])
 		copy(b.cache[off+i:], sector)
-		b.pending = append(b.pending, modelOp{kind: kind, off: off + i, n: SectorBytes, data: sector})
+		b.written++
+		b.pending = append(b.pending, modelOp{kind: kind, off: off + i, n: SectorBytes, data: sector, number: b.written})
 	}
 	if fault == faultTear {
 		return syscall.EIO
@@ -189,20 +240,27 @@ func (b *modelBacking) WriteAt(p []byte, off int64) (int, error) {
 func (b *modelBacking) Sync() error {
 	fault := b.enter(opSync, 0, 0)
 	b.mu.Lock()
-	covered := len(b.pending)
+	covered := b.written
 	b.mu.Unlock()
 	b.latency(fault)
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	defer b.leave(opSync, 0, 0)
 	failed := fault == faultFail || fault == faultTear
-	for _, o := range b.pending[:covered] {
+	b.pending = slices.DeleteFunc(b.pending, func(o modelOp) bool {
+		if o.number > covered {
+			return false
+		}
 		// A sync that failed has dropped what it did not write: a later one does not bring it back.
 		if !failed || fault == faultTear && b.rng.IntN(2) == 0 {
 			copy(b.durable[o.off:], o.data)
 		}
-	}
-	b.pending = slices.Delete(b.pending, 0, covered)
+		return true
+	})
+	b.mu.Unlock()
+	b.happened()
+	b.latency("") // what it did is done before it says so
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.leave(opSync, 0, 0)
 	if failed {
 		return syscall.EIO
 	}
@@ -263,37 +321,41 @@ type modelSource struct {
 	rng     *rand.Rand
 	backing *modelBacking
 	wake    func()
+	journal *modelJournal // nil: a seal is committed by being home
 
 	volume   []byte // logical content
 	resident []bool // block is whole in memory
 
-	open, sealed map[uint64]*modelVersion
-	openZeroes   []Zero
-	zeroes       []Zero // of the seal, not synced
-	next         uint64 // where Next goes on
-	given        []Block
-	zeroesGiven  []Zero
+	// Versions of the open epoch, of the seal being committed, committed ones, and those of the sweep.
+	open, sealed, home, going                      map[uint64]*modelVersion
+	openZeroes, sealedZeroes, homeZeroes, sweeping []Zero
+	openNumbers, sealedNumbers                     []uint64 // of the zeroes
+	next                                           uint64   // where Next goes on
+	given                                          []Block
+	zeroesGiven                                    bool
 
 	settled map[int64][]byte // sector offset: content that the flusher said is durable and that nothing changes now
 
-	seals, committed uint64
-	failed           int
-	pressed          bool
+	number          uint64 // of the last write, zero or seal
+	seal, committed uint64
+	failed          int
+	pressed         bool
 }
 
 // modelVersion is a version of a block.
 type modelVersion struct {
+	number       uint64
 	valid, dirty uint8
 	data         []byte
 }
 
 func newModelSource(b *modelBacking, rng *rand.Rand) *modelSource {
 	s := &modelSource{
-		rng: rng, backing: b, volume: bytes.Clone(b.cache), resident: make([]bool, len(b.cache)/BlockBytes),
-		open: map[uint64]*modelVersion{}, sealed: map[uint64]*modelVersion{}, settled: map[int64][]byte{},
-		wake: func() {},
+		rng: rng, backing: b, volume: bytes.Clone(b.cache[:b.to]), resident: make([]bool, b.to/BlockBytes),
+		open: map[uint64]*modelVersion{}, sealed: map[uint64]*modelVersion{}, home: map[uint64]*modelVersion{},
+		going: map[uint64]*modelVersion{}, settled: map[int64][]byte{}, wake: func() {},
 	}
-	for off := int64(0); off < int64(len(b.cache)); off += SectorBytes {
+	for off := int64(0); off < b.to; off += SectorBytes {
 		s.settled[off] = bytes.Clone(b.cache[off:][:SectorBytes])
 	}
 	return s
@@ -303,6 +365,9 @@ func newModelSource(b *modelBacking, rng *rand.Rand) *modelSource {
 func (s *modelSource) publish(number uint64, first, n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.journal != nil && s.journal.lost[number] != 0 && s.open[number] == nil {
+		first, n = 0, BlockBytes/SectorBytes // what is lost is written whole or not at all
+	}
 	mask := sectorMask(first, n)
 	off := int64(number) * BlockBytes
 	fillRandom(s.rng, s.volume[off+int64(first)*SectorBytes:][:n*SectorBytes])
@@ -311,8 +376,10 @@ func (s *modelSource) publish(number uint64, first, n int) {
 		v = &modelVersion{}
 		s.open[number] = v
 		// A version covers the one that it supersedes.
-		if old := s.sealed[number]; old != nil {
-			v.valid, v.dirty = old.valid, old.dirty
+		for _, older := range [3]map[uint64]*modelVersion{s.sealed, s.home, s.going} {
+			if old := older[number]; old != nil {
+				v.valid, v.dirty = v.valid|old.valid, v.dirty|old.dirty
+			}
 		}
 	}
 	v.valid, v.dirty = v.valid|mask, v.dirty|mask
@@ -320,6 +387,8 @@ func (s *modelSource) publish(number uint64, first, n int) {
 		v.valid, s.resident[number] = allSectors, true
 	}
 	v.data = bytes.Clone(s.volume[off:][:BlockBytes])
+	s.number++
+	v.number = s.number
 }
 
 // zero zeroes whole blocks.
@@ -332,12 +401,19 @@ func (s *modelSource) zero(first, n uint64) {
 		s.resident[i] = true
 	}
 	s.openZeroes = append(s.openZeroes, Zero{int64(first) * BlockBytes, int64(n) * BlockBytes})
+	s.number++
+	s.openNumbers = append(s.openNumbers, s.number)
 }
 
 func (s *modelSource) dirty() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.open)+len(s.sealed)+len(s.openZeroes)+len(s.zeroes) > 0
+	return len(s.open)+len(s.openZeroes)+s.left() > 0
+}
+
+// left is how much of what is sealed is not home.
+func (s *modelSource) left() int {
+	return len(s.sealed) + len(s.sealedZeroes) + len(s.home) + len(s.homeZeroes) + len(s.going) + len(s.sweeping)
 }
 
 func (s *modelSource) problem(format string, args ...any) {
@@ -349,22 +425,35 @@ func (s *modelSource) problem(format string, args ...any) {
 func (s *modelSource) Seal() (uint64, int64, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.seals != s.committed || len(s.sealed)+len(s.zeroes)+len(s.given) > 0 {
-		s.problem("seal %d before seal %d is committed, %d blocks left", s.seals+1, s.seals, len(s.sealed))
+	if s.seal != s.committed || len(s.sealed)+len(s.sealedZeroes) > 0 || s.journal == nil && s.left()+len(s.given) > 0 {
+		s.problem("seal before seal %d is committed, %d blocks left", s.seal, len(s.sealed))
 	}
-	s.seals++
+	changed := s.number > s.seal
+	s.number++
+	s.seal = s.number
 	s.sealed, s.open = s.open, map[uint64]*modelVersion{}
-	s.zeroes, s.openZeroes = s.openZeroes, nil
-	return s.seals, int64(len(s.sealed)) * BlockBytes, len(s.sealed)+len(s.zeroes) > 0
+	s.sealedZeroes, s.openZeroes = s.openZeroes, nil
+	s.sealedNumbers, s.openNumbers = s.openNumbers, nil
+	if s.journal != nil {
+		s.journal.sealed(s, changed)
+	}
+	return s.seal, int64(len(s.sealed)) * BlockBytes, changed
 }
 
 func (s *modelSource) Sweep() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.sealed)+len(s.zeroes) > 0
+	if len(s.going)+len(s.sweeping)+len(s.given) > 0 {
+		s.problem("sweep begins with %d blocks of the last one left", len(s.going))
+	}
+	from, zeroes := &s.home, &s.homeZeroes
+	if s.journal == nil {
+		from, zeroes = &s.sealed, &s.sealedZeroes
+	}
+	s.going, *from = *from, map[uint64]*modelVersion{}
+	s.sweeping, *zeroes = *zeroes, nil
+	return len(s.going)+len(s.sweeping) > 0
 }
-
-func (s *modelSource) Refuse(bool) {}
 
 func (s *modelSource) Zeroes(dst []Zero) []Zero {
 	s.mu.Lock()
@@ -374,11 +463,11 @@ func (s *modelSource) Zeroes(dst []Zero) []Zero {
 		s.problem("pass begins with %d blocks neither synced nor given back", len(s.given))
 	}
 	s.next = 0
-	s.zeroesGiven = slices.Clone(s.zeroes)
-	for _, z := range s.zeroes {
+	s.zeroesGiven = true
+	for _, z := range s.sweeping {
 		s.unsettle(z.Off, z.Bytes, 0xff)
 	}
-	return append(dst, s.zeroes...)
+	return append(dst, s.sweeping...)
 }
 
 func (s *modelSource) Next(dst []Block) int {
@@ -389,7 +478,11 @@ func (s *modelSource) Next(dst []Block) int {
 	}
 	n := 0
 	for ; n < len(dst) && s.next < uint64(len(s.resident)); s.next++ {
-		if v := s.sealed[s.next]; v != nil {
+		if v := s.going[s.next]; v != nil {
+			if s.home[s.next] != nil && s.rng.IntN(2) == 0 {
+				delete(s.going, s.next) // a newer committed version covers it
+				continue
+			}
 			dst[n] = s.lend(s.next, v.valid, v.dirty, v.data)
 			s.unsettle(int64(s.next)*BlockBytes, BlockBytes, v.dirty)
 			n++
@@ -404,7 +497,9 @@ func (s *modelSource) Bridge(first uint64, dst []Block) int {
 	n := 0
 	for ; n < len(dst); n++ {
 		i := first + uint64(n)
-		if !s.resident[i] || s.open[i] != nil || s.sealed[i] != nil || s.zeroed(i) {
+		older := s.sealed[i] != nil || s.home[i] != nil || s.going[i] != nil
+		lost := s.journal != nil && (s.journal.lost[i] != 0 || s.journal.was[i] != 0)
+		if !s.resident[i] || s.open[i] != nil || older || lost || s.zeroed(i) {
 			break
 		}
 		dst[n] = s.lend(i, allSectors, 0, s.volume[i*BlockBytes:][:BlockBytes])
@@ -415,7 +510,12 @@ func (s *modelSource) Bridge(first uint64, dst []Block) int {
 func (s *modelSource) zeroed(number uint64) bool {
 	off := int64(number) * BlockBytes
 	in := func(z Zero) bool { return off >= z.Off && off < z.Off+z.Bytes }
-	return slices.ContainsFunc(s.zeroes, in) || slices.ContainsFunc(s.openZeroes, in)
+	for _, list := range [4][]Zero{s.openZeroes, s.sealedZeroes, s.homeZeroes, s.sweeping} {
+		if slices.ContainsFunc(list, in) {
+			return true
+		}
+	}
+	return false
 }
 
 // lend gives out a copy, which is spoilt when it is taken back.
@@ -447,14 +547,14 @@ func (s *modelSource) takeBack() {
 			b.Data[i] = 0xdb
 		}
 	}
-	s.given, s.zeroesGiven = s.given[:0], nil
+	s.given, s.zeroesGiven = s.given[:0], false
 }
 
 func (s *modelSource) Synced() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.backing.mu.Lock()
-	for _, z := range s.zeroesGiven {
+	for _, z := range s.sweeping {
 		for i := int64(0); i < z.Bytes; i += SectorBytes {
 			s.settled[z.Off+i] = make([]byte, SectorBytes)
 		}
@@ -466,12 +566,13 @@ func (s *modelSource) Synced() {
 			}
 		}
 		if b.Dirty != 0 {
-			delete(s.sealed, b.Number)
+			delete(s.going, b.Number)
 		}
 	}
-	if len(s.zeroesGiven) > 0 {
-		s.zeroes = nil
+	if !s.zeroesGiven && len(s.sweeping) > 0 {
+		s.backing.problem("synced without zeroes")
 	}
+	s.sweeping = nil
 	s.checkSettled()
 	s.backing.mu.Unlock()
 	s.takeBack()
@@ -499,18 +600,35 @@ func (s *modelSource) Again() {
 
 func (s *modelSource) Committed(seal uint64) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if seal != s.seals || len(s.sealed)+len(s.zeroes) > 0 {
-		s.problem("seal %d of %d committed with %d blocks left", seal, s.seals, len(s.sealed))
+	if seal != s.seal || s.journal == nil && s.left() > 0 {
+		s.problem("seal %d of %d committed with %d blocks left", seal, s.seal, s.left())
 	}
 	s.committed = seal
+	if s.journal != nil {
+		s.journal.committed()
+		s.settle()
+	}
+	s.mu.Unlock()
+	s.backing.happened()
+}
+
+// settle gives what was committed to the way home.
+func (s *modelSource) settle() {
+	for _, z := range s.sealedZeroes {
+		for i := z.Off / BlockBytes; i < (z.Off+z.Bytes)/BlockBytes; i++ {
+			delete(s.home, uint64(i))
+		}
+	}
+	s.homeZeroes = append(s.homeZeroes, s.sealedZeroes...)
+	maps.Copy(s.home, s.sealed)
+	s.sealed, s.sealedZeroes = map[uint64]*modelVersion{}, nil
 }
 
 func (s *modelSource) Failed(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.failed++
-	if !errors.Is(err, syscall.EIO) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	if !errors.Is(err, errHung) && !errors.Is(err, syscall.EIO) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		s.problem("failed with %v", err)
 	}
 }
@@ -529,8 +647,11 @@ func (s *modelSource) finish() []string {
 	s.backing.mu.Lock()
 	defer s.backing.mu.Unlock()
 	s.checkSettled()
-	if !bytes.Equal(s.backing.durable, s.volume) {
-		s.backing.problem("backing differs from the volume after the drain")
+	for off := int64(0); off < s.backing.to; off += BlockBytes {
+		lost := s.journal != nil && s.journal.lost[uint64(off/BlockBytes)] != 0
+		if !lost && !bytes.Equal(s.backing.durable[off:][:BlockBytes], s.volume[off:][:BlockBytes]) {
+			s.backing.problem("backing differs from the volume at %d after the drain", off)
+		}
 	}
 	return s.backing.problems
 }

@@ -93,7 +93,14 @@ type lane struct {
 
 // disk is a device that several lanes may lead to. A sync that fails takes with it what the others have not synced yet: the
 // next sync may succeed and their writes be lost all the same.
-type disk struct{ failedSyncs atomic.Uint64 }
+type disk struct {
+	failedSyncs atomic.Uint64
+	// syncing holds one element while a sync is under way. They come one after another: with two at a time the one that
+	// succeeds, although the other took its writes, might return before that one has said so.
+	syncing chan struct{}
+}
+
+func newDisk() *disk { return &disk{syncing: make(chan struct{}, 1)} }
 
 func (w *lane) init(f *Flusher, dev Backing, d *disk) {
 	w.f, w.out, w.disk = f, newOutput(dev), d
@@ -359,6 +366,12 @@ func (w *lane) writeZeroes(off, n int64) error {
 
 // sync makes all completed writes durable.
 func (w *lane) sync() error {
+	select {
+	case w.disk.syncing <- struct{}{}:
+	case <-w.f.stop:
+		return ErrStopped
+	}
+	defer func() { <-w.disk.syncing }()
 	w.progress.begin()
 	err := w.out.dev.Sync()
 	w.progress.end()

@@ -169,6 +169,13 @@ var refusals = []refusal{
 		run(t, "cp", s.home(), w.dir+"/vol.img")
 	}, []int{1, 5, 64}, []string{"16777216|16 MiB|16.0 MiB", "--size"}},
 
+	{"file that has grown", func(t *testing.T, w *wrong) {
+		grown(t, w.dir+"/vol.img")
+	}, []int{5}, []string{"vol.img", "has grown", "ramshelf resize", "33554432", "--force"}},
+	{"disk that has grown", func(t *testing.T, w *wrong) {
+		w.flags["backing"] = loop(t, grown(t, w.dir+"/disk.img"))
+	}, []int{5}, []string{"/dev/loop", "has grown", "ramshelf resize", "33554432", "--force"}},
+
 	{"config and flags", extra("--config", "/nonexistent/ramshelf.toml"), []int{64}, []string{"--config", "exclude"}},
 	{"unknown key", config("[[volume]]\nname = \"vol\"\nbacking = \"file:DIR/vol.img\"\nsize = \"16MiB\"\nmemmory = \"1MiB\"\nlisten = [\"nbd://127.0.0.1:1/vol\"]\n"),
 		[]int{64}, []string{"memmory", "memory|line|:5"}},
@@ -177,6 +184,16 @@ var refusals = []refusal{
 	{"two volumes of one name", config(fmt.Sprintf(twoVolumes, "a", "one", "two", "b")), []int{64}, []string{"one", "twice|two|name|same"}},
 	{"two volumes on one backing", config(fmt.Sprintf(twoVolumes, "a", "two", "one", "b")), []int{64}, []string{"one.img"}},
 	{"no volumes", config("control = \"DIR/c.sock\"\n"), []int{64}, []string{"volume"}},
+}
+
+// grown makes a backing of a volume that has become longer since the volume was in use.
+func grown(t *testing.T, path string) string {
+	t.Helper()
+	s := serveRamshelf(t, volume{size: 32 * mib, memory: 16 * mib})
+	cleanStop(t, s)
+	run(t, "cp", s.home(), path)
+	run(t, "truncate", "-s", "+64M", path)
+	return path
 }
 
 // asNobody has the daemon run as a user who may read and write nothing but the shared memory.

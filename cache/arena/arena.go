@@ -205,6 +205,19 @@ func Inspect(path string) (*Arena, Identity, error) {
 	return a, id, nil
 }
 
+// Identify tells what the memory file at path belongs to, whoever has it open. ErrForeign where it is none of ours.
+func Identify(path string) (Identity, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return Identity{}, fmt.Errorf("open memory file: %w", err)
+	}
+	id, err := readIdentity(f)
+	if errors.Is(err, errEmpty) {
+		err = ErrForeign
+	}
+	return id, errors.Join(err, f.Close())
+}
+
 func inspect(f *os.File) (*Arena, Identity, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, Identity{}, fmt.Errorf("lock %s: %w", f.Name(), ErrBusy)

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ramshelf/ramshelf/cache/arena"
 )
 
@@ -128,6 +130,35 @@ func TestOneProcessAtATime(t *testing.T) {
 	}
 	if _, _, err := arena.Inspect(p); !errors.Is(err, arena.ErrBusy) {
 		t.Errorf("Inspect of an open file gave %v", err)
+	}
+}
+
+// TestIdentify tells whose a file is, also while it is open, and whatever lies there.
+func TestIdentify(t *testing.T) {
+	p := path(t)
+	a := open(t, p, id)
+	if got, err := arena.Identify(p); err != nil || got != id {
+		t.Errorf("of an open file: %+v, %v", got, err)
+	}
+	a.Close()
+	if got, err := arena.Identify(p); err != nil || got != id {
+		t.Errorf("of a closed file: %+v, %v", got, err)
+	}
+	if _, err := arena.Identify(p + ".none"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("of none: %v", err)
+	}
+	for name, make := range map[string]func(p string) error{
+		"text":   func(p string) error { return os.WriteFile(p, []byte("something else"), 0o600) },
+		"empty":  func(p string) error { return os.WriteFile(p, nil, 0o600) },
+		"folder": func(p string) error { return os.Mkdir(p, 0o700) },
+		"pipe":   func(p string) error { return unix.Mkfifo(p, 0o600) },
+	} {
+		if err := make(p + name); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := arena.Identify(p + name); !errors.Is(err, arena.ErrForeign) {
+			t.Errorf("of a %s: %v", name, err)
+		}
 	}
 }
 

@@ -245,8 +245,8 @@ func (d *daemon) abandon() {
 	}
 }
 
-// run serves until ctx ends or a socket fails, then stops cleanly.
-func (d *daemon) run(ctx context.Context, stdout io.Writer) error {
+// run serves until ctx ends or a socket fails, then stops cleanly. What comes from power turns the emergency on.
+func (d *daemon) run(ctx context.Context, power <-chan struct{}, stdout io.Writer) error {
 	failed := make(chan error, len(d.addresses)+1)
 	asked := control.NewServer(d, d.log)
 	go func() { failed <- asked.Serve(d.control) }()
@@ -254,6 +254,9 @@ func (d *daemon) run(ctx context.Context, stdout io.Writer) error {
 		go func() { failed <- a.server.Serve(a.listener) }()
 	}
 	d.announce(stdout)
+	serving, stopping := context.WithCancel(ctx)
+	defer stopping()
+	go d.obeyPower(serving, power)
 	var err error
 	select {
 	case <-ctx.Done():
@@ -298,12 +301,7 @@ func (d *daemon) stop() error {
 		})
 	}
 	wg.Wait()
-	errs := make([]error, len(d.volumes))
-	for i, v := range d.volumes {
-		wg.Go(func() { errs[i] = d.drain(v) })
-	}
-	wg.Wait()
-	return errors.Join(errs...)
+	return atOnce(d.volumes, d.drain)
 }
 
 // drain brings v home. It takes as long as the backing needs; a second signal ends it.
@@ -369,12 +367,52 @@ func (d *daemon) Status() control.Status {
 
 // Flush brings all that was answered on a volume home.
 func (d *daemon) Flush(ctx context.Context, name string) error {
+	v, err := d.volume(name)
+	if err != nil {
+		return err
+	}
+	return v.Flush(ctx)
+}
+
+// Emergency turns the emergency of a volume on or off.
+func (d *daemon) Emergency(ctx context.Context, name string, on bool) error {
+	v, err := d.volume(name)
+	if err != nil {
+		return err
+	}
+	return v.Emergency(ctx, on)
+}
+
+// volume is the one of that name.
+func (d *daemon) volume(name string) (*volume, error) {
 	var names []string
 	for _, v := range d.volumes {
 		if v.config.Name == name {
-			return v.Flush(ctx)
+			return v, nil
 		}
 		names = append(names, v.config.Name)
 	}
-	return noVolume(name, names)
+	return nil, noVolume(name, names)
+}
+
+// obeyPower turns the emergency of all volumes on each time that power says so, until ctx ends.
+func (d *daemon) obeyPower(ctx context.Context, power <-chan struct{}) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-power:
+		}
+		err := atOnce(d.volumes, func(v *volume) error {
+			if err := v.Emergency(ctx, true); err != nil {
+				return fmt.Errorf("volume %q: %w", v.config.Name, err)
+			}
+			return nil
+		})
+		if err != nil {
+			d.log.Error("emergency: not everything is committed", "err", err)
+		} else {
+			d.log.Warn("emergency: all volumes are committed and answer as ack=disk")
+		}
+	}
 }

@@ -8,9 +8,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/ramshelf/ramshelf/cmd/internal/control"
+	"github.com/ramshelf/ramshelf/cmd/internal/node"
 )
 
 // operations is docs/OPERATIONS.md.
@@ -62,15 +64,42 @@ func TestFlagsAreDocumented(t *testing.T) {
 	same(t, "flag", documented, existing)
 }
 
+// The verbs that work on a backing have their flags, and the fields of their JSON, in a section of their own.
+func TestOfflineVerbsAreDocumented(t *testing.T) {
+	for heading, c := range map[string]struct {
+		verb *cobra.Command
+		json reflect.Type
+	}{
+		"Recover": {newRecover(), reflect.TypeFor[node.Recovery]()},
+		"Resize":  {newResize(), reflect.TypeFor[struct{}]()},
+	} {
+		text := section(t, operations(t), heading)
+		var flags, existing, names []string
+		for _, m := range regexp.MustCompile("(?m)^\\| `--([a-z-]+)").FindAllStringSubmatch(text, -1) {
+			flags = append(flags, m[1])
+		}
+		c.verb.Flags().VisitAll(func(f *pflag.Flag) { existing = append(existing, f.Name) })
+		same(t, heading+": flag", flags, existing)
+		_, table, _ := strings.Cut(text, "| field | meaning |")
+		for line := range strings.Lines(table) {
+			if cells := strings.Split(line, "|"); len(cells) > 2 {
+				for _, m := range regexp.MustCompile("`([a-z_]+)`").FindAllStringSubmatch(cells[1], -1) {
+					names = append(names, m[1])
+				}
+			}
+		}
+		same(t, heading+": field", names, fields(c.json, ""))
+	}
+}
+
 func TestVerbsAreDocumented(t *testing.T) {
 	var documented, existing []string
+	span := regexp.MustCompile("`([a-z]+)[^`]*`")
 	for line := range strings.Lines(section(t, operations(t), "Verbs")) {
 		if cell, found := strings.CutPrefix(line, "| `"); found {
-			words, _, _ := strings.Cut(cell, "`")
-			for word := range strings.FieldsSeq(words) {
-				if !strings.HasPrefix(word, "[") {
-					documented = append(documented, word)
-				}
+			cell, _, _ = strings.Cut(cell, " | ")
+			for _, m := range span.FindAllStringSubmatch("`"+cell, -1) {
+				documented = append(documented, m[1])
 			}
 		}
 	}

@@ -13,12 +13,10 @@ func laterVerbs() []*cobra.Command {
 	verbs := []struct{ use, short string }{
 		{"promote [VOLUME] [--force]", "Make this node the primary"},
 		{"demote [VOLUME]", "Make this node the secondary"},
-		{"emergency on|off", "Commit now and step down to ack=disk; go back"},
 		{"verify [VOLUME]", "Compare the copies of both nodes"},
 		{"resolve [VOLUME] --discard-mine [--dry-run]", "End a split brain"},
 		{"attach NBD-URI[,NBD-URI…] /dev/nbdN", "Make a kernel device of an export"},
 		{"detach /dev/nbdN", "Remove a kernel device"},
-		{"recover --backing BACKING", "Replay a journal offline"},
 		{"aoe discover [IF…]", "List the AoE targets of a network"},
 		{"bench URI | --compare …", "Measure a server"},
 		{"check [VOLUME]", "Alarm in the manner of Nagios"},

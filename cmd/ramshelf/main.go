@@ -60,7 +60,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors:      true,
 		DisableSuggestions: true,
 	}
-	root.AddCommand(newServe(), newStatus(), newFlush(), newVersion())
+	root.AddCommand(newServe(), newStatus(), newFlush(), newEmergency(), newRecover(), newResize(), newVersion())
 	root.AddCommand(laterVerbs()...)
 	return root
 }

@@ -60,6 +60,11 @@ func TestExitCodes(t *testing.T) {
 
 		{[]string{"status", "--control", nobody}, control.ExitUnreachable, "hint: is it running"},
 		{[]string{"flush", "--control", nobody}, control.ExitUnreachable, "no such file"},
+		{[]string{"emergency"}, control.ExitUsage, "accepts between 1 and 2 arg(s)"},
+		{[]string{"emergency", "now"}, control.ExitUsage, `emergency "now" is neither on nor off`},
+		{[]string{"emergency", "on", "a", "b"}, control.ExitUsage, "accepts between 1 and 2 arg(s)"},
+		{[]string{"emergency", "on", "--control", nobody}, control.ExitUnreachable, "no such file"},
+		{[]string{"emergency", "off", "vol", "--control", nobody}, control.ExitUnreachable, "no such file"},
 		{[]string{"flush", "vol", "--control", nobody}, control.ExitUnreachable, "no such file"},
 	} {
 		code, stdout, stderr := cli(c.args...)
@@ -80,8 +85,8 @@ func TestExitCodes(t *testing.T) {
 // The verbs whose function lands later have their names already.
 func TestLaterVerbs(t *testing.T) {
 	for _, args := range [][]string{
-		{"promote", "--force"}, {"demote"}, {"emergency", "on"}, {"verify"}, {"resolve", "--discard-mine", "--dry-run"},
-		{"attach", "nbd://h/v", "/dev/nbd0"}, {"detach", "/dev/nbd0"}, {"recover", "--backing", "file:/x"}, {"aoe", "discover"},
+		{"promote", "--force"}, {"demote"}, {"verify"}, {"resolve", "--discard-mine", "--dry-run"},
+		{"attach", "nbd://h/v", "/dev/nbd0"}, {"detach", "/dev/nbd0"}, {"aoe", "discover"},
 		{"bench", "--compare"}, {"check"}, {"events"}, {"top"},
 	} {
 		code, _, stderr := cli(args...)

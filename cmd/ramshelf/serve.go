@@ -45,7 +45,7 @@ func serve(c *config.Daemon, stdout, stderr io.Writer) error {
 	if !tmpfs {
 		log.Warn("--shm is not on a tmpfs: the cache is only as fast as its file system", "path", c.Shm)
 	}
-	ctx, release := stopSignals(log)
+	ctx, power, release := watchSignals(log)
 	defer release()
 
 	host.Umask()
@@ -64,7 +64,7 @@ func serve(c *config.Daemon, stdout, stderr io.Writer) error {
 		}
 		return err
 	}
-	return d.run(ctx, stdout)
+	return d.run(ctx, power, stdout)
 }
 
 func logLevel(l config.LogLevel) slog.Level {
@@ -79,27 +79,32 @@ func logLevel(l config.LogLevel) slog.Level {
 	return slog.LevelInfo
 }
 
-// stopSignals gives a context that ends with the first SIGTERM or SIGINT. The second ends the process at once:
-// what is not home stays in the memory file, for the next start. A reader of our output that goes away must not
-// end the daemon, so SIGPIPE is ignored.
-func stopSignals(log *slog.Logger) (ctx context.Context, release func()) {
+// watchSignals gives a context that ends with the first SIGTERM or SIGINT. The second ends the process at once:
+// what is not home stays in the memory file, for the next start. SIGPWR puts a token into power, where it waits
+// until the volumes are open. A reader of our output that goes away must not end the daemon, so SIGPIPE is ignored.
+func watchSignals(log *slog.Logger) (ctx context.Context, power <-chan struct{}, release func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, unix.SIGPWR)
 	ctx, cancel := context.WithCancel(context.Background())
-	go runSignals(ctx, signals, cancel, log)
-	return ctx, func() {
+	failing := make(chan struct{}, 1)
+	go runSignals(ctx, signals, failing, cancel, log)
+	return ctx, failing, func() {
 		signal.Stop(signals)
 		close(signals)
 		cancel()
 	}
 }
 
-func runSignals(ctx context.Context, signals <-chan os.Signal, stop func(), log *slog.Logger) {
+func runSignals(ctx context.Context, signals <-chan os.Signal, power chan<- struct{}, stop func(), log *slog.Logger) {
 	for s := range signals {
 		switch {
 		case s == unix.SIGPWR:
-			log.Warn("SIGPWR: emergency lands later; nothing was changed")
+			log.Warn("the power fails: emergency", "signal", s.String())
+			select {
+			case power <- struct{}{}:
+			default: // one is waiting already
+			}
 		case s == syscall.SIGHUP:
 			log.Warn("SIGHUP: reload lands later; nothing was changed")
 		case ctx.Err() == nil:

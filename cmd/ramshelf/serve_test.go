@@ -165,16 +165,15 @@ func TestServeStatusFlushStop(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	code, stdout, stderr := cli("status", "--json", "--control", at.control)
-	var s control.Status
-	if err := json.Unmarshal([]byte(stdout), &s); code != control.ExitDone || err != nil {
-		t.Fatalf("status: exit code %d, %v\n%s%s", code, err, stdout, stderr)
+	s, err := control.NewClient(at.control).Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
-	v := s.Volumes[0]
+	v := volumes(t, at)[0]
 	if s.PID != d.cmd.Process.Pid || len(s.Volumes) != 1 || v.Name != "vol" || v.Role != control.RolePrimary ||
 		v.State != control.StateOK || v.Ack != "ram" || v.AckInForce != "ram" || v.SizeBytes != 16<<20 || v.MemoryBytes != 8<<20 ||
-		v.Peer != nil || v.Backing.State != control.BackingOK || len(v.Exports) != 1 || v.Clients != 1 {
-		t.Errorf("status: %s", stdout)
+		v.Peer != nil || v.Backing.State != control.BackingOK || len(v.Exports) != 1 || v.Emergency || v.Clients != 1 {
+		t.Errorf("status: %+v", v)
 	}
 	for _, c := range []struct {
 		args []string
@@ -187,6 +186,10 @@ func TestServeStatusFlushStop(t *testing.T) {
 		{[]string{"flush"}, control.ExitDone, ""},
 		{[]string{"flush", "vol"}, control.ExitDone, ""},
 		{[]string{"flush", "other"}, control.ExitNoVolume, "hint: it serves vol"},
+		{[]string{"emergency", "on", "other"}, control.ExitNoVolume, "hint: it serves vol"},
+		{[]string{"emergency", "on", "vol"}, control.ExitDone, ""},
+		{[]string{"status"}, control.ExitDone, "ack:ram (in force: disk) emergency:on clients:"},
+		{[]string{"emergency", "off"}, control.ExitDone, ""},
 	} {
 		code, stdout, stderr := cli(append(c.args, "--control", at.control)...)
 		if code != c.code || !strings.Contains(stdout+stderr, c.want) {
@@ -197,7 +200,10 @@ func TestServeStatusFlushStop(t *testing.T) {
 	// These end nothing.
 	d.signal(unix.SIGPWR)
 	d.signal(syscall.SIGHUP)
-	waitFor(t, d, "emergency lands later", "reload lands later")
+	waitFor(t, d, "all volumes are committed and answer as ack=disk", "reload lands later")
+	if v := volumes(t, at)[0]; !v.Emergency || v.Ack != "ram" || v.AckInForce != "disk" {
+		t.Errorf("status after SIGPWR: %+v", v)
+	}
 	d.signal(syscall.SIGTERM)
 	if code := d.wait(); code != control.ExitDone {
 		t.Errorf("SIGTERM: exit code %d\n%s", code, d.stderr)
@@ -206,6 +212,17 @@ func TestServeStatusFlushStop(t *testing.T) {
 	if code, _, _ := cli("status", "--control", at.control); code != control.ExitUnreachable {
 		t.Errorf("status afterwards: exit code %d", code)
 	}
+}
+
+// volumes are those of status --json.
+func volumes(t *testing.T, at place) []control.VolumeStatus {
+	t.Helper()
+	code, stdout, stderr := cli("status", "--json", "--control", at.control)
+	var s control.Status
+	if err := json.Unmarshal([]byte(stdout), &s); code != control.ExitDone || err != nil {
+		t.Fatalf("status: exit code %d, %v\n%s%s", code, err, stdout, stderr)
+	}
+	return s.Volumes
 }
 
 // waitFor waits until the log of d has every text.
@@ -382,6 +399,20 @@ listen = ["nbd+unix:///b?socket=` + at.socket + `"]
 	}
 	if code, _, stderr := cli("flush", "b", "--control", at.control); code != control.ExitDone {
 		t.Errorf("flush b: exit code %d, %s", code, stderr)
+	}
+	for _, step := range []struct {
+		args []string
+		a, b bool
+	}{
+		{[]string{"on", "b"}, false, true},
+		{[]string{"on"}, true, true},
+		{[]string{"off", "b"}, true, false},
+		{[]string{"off"}, false, false},
+	} {
+		code, _, stderr := cli(append([]string{"emergency", "--control", at.control}, step.args...)...)
+		if v := volumes(t, at); code != control.ExitDone || v[0].Emergency != step.a || v[1].Emergency != step.b {
+			t.Errorf("emergency %v: exit code %d, %v and %v, want %v and %v\n%s", step.args, code, v[0].Emergency, v[1].Emergency, step.a, step.b, stderr)
+		}
 	}
 	d.signal(syscall.SIGTERM)
 	if code := d.wait(); code != control.ExitDone {

@@ -103,6 +103,9 @@ func describe(b *strings.Builder, v *control.VolumeStatus) {
 	if v.AckInForce != v.Ack {
 		fmt.Fprintf(b, " (in force: %s)", v.AckInForce)
 	}
+	if v.Emergency {
+		b.WriteString(" emergency:on")
+	}
 	fmt.Fprintf(b, " clients:%d\n", v.Clients)
 	fmt.Fprintf(b, "  disk:%s size:%s dirty:%s uncommitted:%s (oldest %.1fs) epoch:%d committed:%d\n",
 		diskWord(v), config.FormatBytes(v.SizeBytes), config.FormatBytes(v.DirtyBytes),

@@ -97,10 +97,11 @@ func (w *Wanted) foreign(s *Superblock) error {
 func (w *Wanted) accept(s *Superblock, backingBytes int64) (*Found, error) {
 	switch {
 	case w.VolumeBytes != 0 && s.VolumeBytes != w.VolumeBytes:
-		return nil, &RefusedError{
-			Reason: fmt.Sprintf("volume %s has %d bytes, not %d", s.Name, s.VolumeBytes, w.VolumeBytes),
-			Remedy: fmt.Sprintf("leave --size out or give --size %d", s.VolumeBytes),
+		remedy := fmt.Sprintf("leave --size out or give --size %d", s.VolumeBytes)
+		if s.VolumeBytes < w.VolumeBytes {
+			remedy += "; ramshelf resize makes it larger"
 		}
+		return nil, &RefusedError{Reason: fmt.Sprintf("volume %s has %d bytes, not %d", s.Name, s.VolumeBytes, w.VolumeBytes), Remedy: remedy}
 	case s.Journal == KindExternal && w.Journal != KindExternal:
 		return nil, &RefusedError{
 			Reason: fmt.Sprintf("backing is the journal of volume %s, not its data", s.Name),

@@ -93,35 +93,12 @@ func (p *replay) progress(n int64) {
 
 // zeroes zeroes what extents cover. Blocks that are newer than an extent are in the ring too, so they follow.
 func (p *replay) zeroes(ctx context.Context) error {
-	zero, step := p.writeZeroes(), int64(writeBytes)
-	if z, ok := p.home.(interface{ Zero(off, n int64) error }); ok {
-		zero, step = z.Zero, zeroStepBytes
-	}
 	for from, to := range p.rec.zeroed() {
-		for from < to {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			n := min(step, to-from)
-			if err := zero(from, n); err != nil {
-				return fmt.Errorf("zero %d bytes at %d: %w", n, from, err)
-			}
-			from += n
-			p.progress(n)
+		if err := Zero(ctx, p.home, from, to-from, p.progress); err != nil {
+			return err
 		}
 	}
 	return nil
-}
-
-// writeZeroes is Zero for a home without.
-func (p *replay) writeZeroes() func(off, n int64) error {
-	var zeroes []byte
-	return func(off, n int64) error {
-		if zeroes == nil {
-			zeroes = make([]byte, writeBytes)
-		}
-		return writeFull(p.home, zeroes[:n], off)
-	}
 }
 
 // blocks brings blocks home, a window of them at a time.

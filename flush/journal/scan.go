@@ -71,8 +71,8 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 		}
 	}
 	w := newWalker(r, s)
-	tail := found.tail
-	rec.State.Head, rec.State.Tail, rec.Seal = tail, tail, 0
+	tail := max(found.tail, found.below)
+	rec.State.Head, rec.Seal = tail, 0
 	if found.start == tail { // everything before the run that names the tail is home
 		rec.Seal, rec.Generation = found.committed, found.generation
 	}
@@ -93,9 +93,31 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 		}
 	}
 	rec.Torn = found.start == rec.State.Head
+	rec.State.Tail = found.durableTail(rec)
+	if rec.Torn && rec.State.Tail < tail {
+		// Only the run that goes names that tail, and it lists again what is lost: so what lies before is needed after all.
+		w = newWalker(r, s)
+		if err := rec.walkAgain(ctx, w); err != nil {
+			broken = err
+		}
+	}
 	rec.State.Committed = rec.Seal
 	rec.resolve(w.found)
 	return rec, found.judge(s, rec, broken)
+}
+
+// walkAgain reads the whole runs from the tail to the head.
+func (rec *Recovered) walkAgain(ctx context.Context, w *walker) error {
+	rec.Runs = 0
+	for pos := rec.State.Tail; pos < rec.State.Head; {
+		run, err := w.walk(ctx, pos)
+		if err != nil {
+			return fmt.Errorf("%w: run at %d, which is home but may list what is lost: %w", errDamagedRun, pos, err)
+		}
+		rec.Runs++
+		pos, rec.Seal, rec.Generation = run.end(), run.Seal, run.Generation
+	}
+	return nil
 }
 
 // judge refuses what was found if the run that ends it, broken because of err, must have been committed.
@@ -125,8 +147,9 @@ type survey struct {
 	chunks     int
 	start      uint64 // the highest start of a run
 	generation uint64 // of that run
-	tail       uint64 // the highest that any chunk names
-	committed  uint64 // likewise
+	tail       uint64 // the highest that a chunk of that run names
+	below      uint64 // the highest that a chunk of any other run names
+	committed  uint64 // the highest that is named
 	unreadable error  // the first
 	bad        int    // blocks
 }
@@ -134,10 +157,32 @@ type survey struct {
 // add takes a chunk into account. Every header that is valid was true when it was written: also one of a run that
 // was never committed says what was home and what was committed before it.
 func (f *survey) add(c *Chunk) {
-	f.tail, f.committed = max(f.tail, c.Tail), max(f.committed, c.Committed)
-	if f.chunks++; f.chunks == 1 || c.Start > f.start {
-		f.start, f.generation = c.Start, c.Generation
+	f.chunks++
+	f.committed = max(f.committed, c.Committed)
+	switch {
+	case f.chunks == 1:
+		f.start, f.generation, f.tail = c.Start, c.Generation, c.Tail
+	case c.Start > f.start:
+		f.below = max(f.below, f.tail)
+		f.start, f.generation, f.tail = c.Start, c.Generation, c.Tail
+	case c.Start == f.start:
+		f.tail = max(f.tail, c.Tail)
+	default:
+		f.below = max(f.below, c.Tail)
 	}
+}
+
+// durableTail is the tail that bounds what the ring needs if the broken run behind its head, and with it the tail
+// that only that run names, goes. It is bounded by what a Ring leaves free in any case.
+func (f *survey) durableTail(rec *Recovered) uint64 {
+	tail := max(f.tail, f.below)
+	if rec.Torn {
+		tail = f.below
+	}
+	if used := rec.ring.blocks - reserveBlocks(rec.ring.blocks)/2; rec.State.Head > used {
+		tail = max(tail, rec.State.Head-used)
+	}
+	return min(tail, rec.State.Head)
 }
 
 // surveyRing reads the whole ring and collects every header that lies where it says that it does.

@@ -50,6 +50,10 @@ func Load(r io.ReaderAt, areaOffset int64) (*Superblock, error) {
 		return s, nil
 	case errors.Is(errs[0], ErrNoMagic) && errors.Is(errs[1], ErrNoMagic):
 		return nil, ErrNoMagic
+	case errors.Is(errs[0], ErrNoMagic): // that one copy is missing does not make the error one of no superblock
+		return nil, fmt.Errorf("read superblock: copy 0: %v; copy 1: %w", errs[0], errs[1])
+	case errors.Is(errs[1], ErrNoMagic):
+		return nil, fmt.Errorf("read superblock: copy 0: %w; copy 1: %v", errs[0], errs[1])
 	}
 	return nil, fmt.Errorf("read superblock: copy 0: %w; copy 1: %w", errs[0], errs[1])
 }

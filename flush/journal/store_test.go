@@ -214,6 +214,10 @@ func TestLoadRefuses(t *testing.T) {
 			clear(d.written[areaOffset:][:4096])
 			d.written[second+99] ^= 4
 		}, journal.ErrDamaged},
+		"one flipped, one zero": {func(d *disk) {
+			d.written[areaOffset+99] ^= 4
+			clear(d.written[second:][:4096])
+		}, journal.ErrDamaged},
 		"none": {func(d *disk) { clear(d.written) }, journal.ErrNoMagic},
 		"one newer": {func(d *disk) {
 			b := d.written[second:][:4096]
@@ -224,7 +228,7 @@ func TestLoadRefuses(t *testing.T) {
 	} {
 		d, _ := stored(t)
 		c.spoil(d)
-		if s, err := journal.Load(d, areaOffset); !errors.Is(err, c.want) {
+		if s, err := journal.Load(d, areaOffset); !errors.Is(err, c.want) || c.want != journal.ErrNoMagic && errors.Is(err, journal.ErrNoMagic) {
 			t.Errorf("%s: %+v, %v, want %v", name, s, err, c.want)
 		}
 	}

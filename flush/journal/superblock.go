@@ -43,7 +43,7 @@
 //	192     8       intent bitmap: bytes, both copies together
 //	200     8       intent bitmap: bytes of the volume that a bit stands for
 //	208     8       journal external: bytes of the backing with the data; else 0
-//	216     8       pending zero: offset in the volume
+//	216     8       pending zero: offset in the backing with the data, before the metadata
 //	224     8       pending zero: bytes; 0: none is pending
 //	232     8       committed: the highest committed number known when this was written
 //	240     16      reserved, zero
@@ -192,7 +192,7 @@ type Superblock struct {
 	BitmapBytes           int64  // both copies
 	RegionBytes           int64  // what a bit of it stands for
 	DataBytes             int64  // with KindExternal the size of the backing with the data, else 0
-	ZeroOffset, ZeroBytes int64  // a range of the volume that reads as zeroes and may not be zero at home yet; ZeroBytes 0: none
+	ZeroOffset, ZeroBytes int64  // a range of the backing, before the metadata, that reads as zeroes and may not be zero yet; ZeroBytes 0: none
 	// Committed is the highest committed number known when this was written. With a ring it is the seal of a run that
 	// is durable: Scan refuses a ring that does not hold it.
 	Committed uint64
@@ -349,9 +349,9 @@ func (s *Superblock) Validate() error {
 			s.VolumeBytes, s.MetadataBytes, s.AreaOffset)
 	case s.Journal == KindExternal && s.DataBytes < s.VolumeBytes || s.Journal != KindExternal && s.DataBytes != 0:
 		return fmt.Errorf("backing with the data of %d bytes does not go with a volume of %d and journal %s", s.DataBytes, s.VolumeBytes, s.Journal)
-	case s.ZeroOffset < 0 || s.ZeroBytes < 0 || s.ZeroOffset > s.VolumeBytes || s.ZeroBytes > s.VolumeBytes-s.ZeroOffset ||
+	case s.ZeroOffset < 0 || s.ZeroBytes < 0 || s.ZeroOffset > s.room() || s.ZeroBytes > s.room()-s.ZeroOffset ||
 		s.ZeroOffset%SectorBytes != 0 || s.ZeroBytes%SectorBytes != 0:
-		return fmt.Errorf("pending zero of %d bytes at %d is not in a volume of %d", s.ZeroBytes, s.ZeroOffset, s.VolumeBytes)
+		return fmt.Errorf("pending zero of %d bytes at %d is not in the room of %d for the volume", s.ZeroBytes, s.ZeroOffset, s.room())
 	case len(s.Generations) > MaxGenerations:
 		return fmt.Errorf("%d generations are more than %d", len(s.Generations), MaxGenerations)
 	}
@@ -402,6 +402,14 @@ func ValidateName(name string) error {
 
 // MetadataOffset is where the metadata begin in the backing: the end of the room for the volume.
 func (s *Superblock) MetadataOffset() int64 { return s.AreaOffset + AreaBytes - s.MetadataBytes }
+
+// room is what a volume may have of the backing with the data.
+func (s *Superblock) room() int64 {
+	if s.Journal == KindExternal {
+		return s.DataBytes
+	}
+	return s.MetadataOffset()
+}
 
 // Begin makes s that of the next opening for writing: a new incarnation, not clean.
 func (s *Superblock) Begin() {

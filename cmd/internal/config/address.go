@@ -87,6 +87,9 @@ func (b *Backing) setPath(kind BackingKind, path string) error {
 // String is the backing as it was given.
 func (b Backing) String() string { return b.text }
 
+// later reports a form that has a name but no function yet.
+func (b Backing) later() bool { return b.Kind == BackingAoE || b.Kind == BackingLayout }
+
 // key is equal for two backings that are the same by name.
 func (b Backing) key() string {
 	if b.Path != "" {

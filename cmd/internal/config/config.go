@@ -66,8 +66,11 @@ func (v *Volume) MaxPayloadBytes() uint32 {
 	return p
 }
 
+// MemorySuffix ends the name of every memory file.
+const MemorySuffix = ".mem"
+
 // MemoryFile is the path of the memory file of v.
-func (d *Daemon) MemoryFile(v *Volume) string { return filepath.Join(d.Shm, v.Name+".mem") }
+func (d *Daemon) MemoryFile(v *Volume) string { return filepath.Join(d.Shm, v.Name+MemorySuffix) }
 
 // Source is a command line from which a Daemon is loaded.
 type Source struct {

@@ -61,6 +61,16 @@ func (c *Client) Flush(ctx context.Context, volume string) error {
 	return c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/flush", nil)
 }
 
+// Emergency turns the emergency of a volume on or off. On returns when the volume answers writes only once they are committed.
+// It waits as long as ctx.
+func (c *Client) Emergency(ctx context.Context, volume string, on bool) error {
+	state := "off"
+	if on {
+		state = "on"
+	}
+	return c.do(ctx, http.MethodPost, "/v1/volumes/"+url.PathEscape(volume)+"/emergency/"+state, nil)
+}
+
 // do sends a request without a body and decodes the answer into dst where that is not nil.
 func (c *Client) do(ctx context.Context, method, path string, dst any) error {
 	r, err := http.NewRequestWithContext(ctx, method, "http://ramshelf"+path, nil)

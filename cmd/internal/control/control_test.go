@@ -26,7 +26,7 @@ func full() Status {
 	return Status{
 		Schema: Schema, Version: "v1.2.3", PID: 42, IOFlusher: true,
 		Volumes: []VolumeStatus{{
-			Name: "vol", Role: RolePrimary, State: StateOK, Ack: "peer", AckInForce: "disk", Flush: "ack",
+			Name: "vol", Role: RolePrimary, State: StateOK, Ack: "peer", AckInForce: "disk", Emergency: true, Flush: "ack",
 			Exports:   []string{"nbd://127.0.0.1:10809/vol"},
 			SizeBytes: 1 << 30, MemoryBytes: 256 << 20, ResidentBytes: 100 << 20, FreeBytes: 156 << 20,
 			DirtyBytes: 8192, UncommittedBytes: 4096, UncommittedAgeSeconds: 0.25, UncommittedLimitBytes: 85 << 20, CommitSeconds: 0.5,
@@ -105,7 +105,8 @@ func TestStatusFixedNames(t *testing.T) {
 
 // fake is a daemon of one volume.
 type fake struct {
-	flush func(ctx context.Context) error
+	flush     func(ctx context.Context) error
+	emergency func(on bool) error
 }
 
 func (f *fake) Status() Status { return full() }
@@ -118,6 +119,13 @@ func (f *fake) Flush(ctx context.Context, volume string) error {
 		return f.flush(ctx)
 	}
 	return nil
+}
+
+func (f *fake) Emergency(_ context.Context, volume string, on bool) error {
+	if volume != "vol" {
+		return &Failure{Code: ExitNoVolume, Err: fmt.Errorf("volume %q: the daemon serves no such volume", volume), Hint: "it serves vol"}
+	}
+	return f.emergency(on)
 }
 
 // serve answers for d on a socket until the test ends.
@@ -183,6 +191,31 @@ func TestFlush(t *testing.T) {
 				t.Errorf("got %#v", err)
 			}
 		})
+	}
+}
+
+func TestEmergency(t *testing.T) {
+	var asked []bool
+	result := error(nil)
+	client := NewClient(serve(t, &fake{emergency: func(on bool) error {
+		asked = append(asked, on)
+		return result
+	}}))
+	for _, on := range []bool{true, false} {
+		if err := client.Emergency(t.Context(), "vol", on); err != nil {
+			t.Errorf("%v: %v", on, err)
+		}
+	}
+	var f *Failure
+	if err := client.Emergency(t.Context(), "other", true); !errors.As(err, &f) || f.Code != ExitNoVolume || f.Hint != "it serves vol" {
+		t.Errorf("other volume: %v", err)
+	}
+	result = errors.New("write: EIO")
+	if err := client.Emergency(t.Context(), "vol", true); !errors.As(err, &f) || f.Code != ExitFailed || f.Error() != "write: EIO" {
+		t.Errorf("failed: %v", err)
+	}
+	if want := []bool{true, false, true}; !reflect.DeepEqual(asked, want) {
+		t.Errorf("the daemon was asked %v, want %v", asked, want)
 	}
 }
 
@@ -269,6 +302,7 @@ func TestHostileRequests(t *testing.T) {
 		"chunked body": {"GET /v1/status HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", "400 Bad Request"},
 		"long header":  {"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 20<<10) + "\r\n\r\n", "431 "},
 		"path":         {"GET /v1/volumes HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "404 Not Found"},
+		"neither":      {"POST /v1/volumes/vol/emergency/now HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "404 Not Found"},
 		"method":       {"POST /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", "405 Method Not Allowed"},
 		"not HTTP":     {"hello\r\n\r\n", "400 Bad Request"},
 	} {

@@ -28,6 +28,9 @@ type Daemon interface {
 	// Flush returns when all that was answered before it is committed and home. It ends with ctx.
 	// A volume that is not served is a Failure with ExitNoVolume.
 	Flush(ctx context.Context, volume string) error
+	// Emergency returns, for on, when everything on the volume is committed and it answers writes only once they are; off
+	// ends that. It ends with ctx. A volume that is not served is a Failure with ExitNoVolume.
+	Emergency(ctx context.Context, volume string, on bool) error
 }
 
 // Server answers on the control socket.
@@ -48,7 +51,18 @@ func NewServer(d Daemon, log *slog.Logger) *Server {
 	s := &Server{daemon: d}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", s.status)
-	mux.HandleFunc("POST /v1/volumes/{name}/flush", s.flush)
+	volume := func(verb string, do func(ctx context.Context, volume string) error) {
+		mux.HandleFunc("POST /v1/volumes/{name}/"+verb, func(w http.ResponseWriter, r *http.Request) {
+			if err := do(r.Context(), r.PathValue("name")); err != nil {
+				answerFailure(w, err)
+				return
+			}
+			answer(w, http.StatusOK, struct{}{})
+		})
+	}
+	volume("flush", d.Flush)
+	volume("emergency/on", func(ctx context.Context, volume string) error { return d.Emergency(ctx, volume, true) })
+	volume("emergency/off", func(ctx context.Context, volume string) error { return d.Emergency(ctx, volume, false) })
 	s.http = http.Server{
 		Handler:           refuseBody(mux),
 		ReadHeaderTimeout: readTimeout, // no ReadTimeout: it would end the context of a long flush
@@ -94,14 +108,6 @@ func refuseBody(next http.Handler) http.Handler {
 
 func (s *Server) status(w http.ResponseWriter, _ *http.Request) {
 	answer(w, http.StatusOK, s.daemon.Status())
-}
-
-func (s *Server) flush(w http.ResponseWriter, r *http.Request) {
-	if err := s.daemon.Flush(r.Context(), r.PathValue("name")); err != nil {
-		answerFailure(w, err)
-		return
-	}
-	answer(w, http.StatusOK, struct{}{})
 }
 
 func answerFailure(w http.ResponseWriter, err error) {

@@ -53,6 +53,7 @@ type VolumeStatus struct {
 	State      State    `json:"state"`
 	Ack        string   `json:"ack"`          // as configured
 	AckInForce string   `json:"ack_in_force"` // as it holds now
+	Emergency  bool     `json:"emergency"`    // was turned on, and not off
 	Flush      string   `json:"flush"`
 	Exports    []string `json:"exports"` // addresses, as NBD URIs
 
@@ -117,6 +118,12 @@ type JournalStatus struct {
 	WrittenBytes          int64  `json:"written_bytes"`            // since the daemon started
 	BytesPerSecond        int64  `json:"bytes_per_second"`         // median of the last large commits; 0: there was none
 	SlowestBytesPerSecond int64  `json:"slowest_bytes_per_second"` // their first percentile
+}
+
+// Range is a part of a volume.
+type Range struct {
+	OffsetBytes int64 `json:"offset_bytes"`
+	LengthBytes int64 `json:"length_bytes"`
 }
 
 // Traffic counts requests of one kind since the daemon started.

@@ -38,15 +38,8 @@ const backingTimeout = 30 * time.Second
 
 // openBacking opens and locks the backing of v. A missing file is made if v says how large it shall be.
 func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backing, error) {
-	if v.Backing.Kind == config.BackingNBD {
-		c, err := dialBacking(ctx, v.Backing.URI, v.Journal.Kind == config.JournalBacking, log)
-		if err != nil {
-			return nil, fmt.Errorf("open backing %s: %w", v.Backing, err)
-		}
-		return c, nil
-	}
 	create := int64(0)
-	if v.Backing.Kind == config.BackingFile && v.Size > 0 {
+	if v.Size > 0 {
 		switch v.Journal.Kind {
 		case config.JournalNone:
 			create = journal.CreateBytes(int64(v.Size), 0)
@@ -56,32 +49,32 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 			create = journal.CreateBytes(int64(v.Size), ringBytes(v))
 		}
 	}
-	return openHome(v.Backing.Path, create)
+	return openAt(ctx, v.Backing, "backing", v.Journal.Kind == config.JournalBacking, create, log)
 }
 
 // openJournal opens and locks the backing of the journal of v, whose content lies on data. A missing file is made.
 func openJournal(ctx context.Context, v *config.Volume, data backing, log *slog.Logger) (backing, error) {
-	b := v.Journal.Backing
+	volume := int64(v.Size)
+	if volume == 0 {
+		volume = data.Size()
+	}
+	return openAt(ctx, v.Journal.Backing, "journal", false, journal.ExternalBytes(volume, ringBytes(v)), log)
+}
+
+// openAt opens and locks b; what names it in errors. A missing file is made of createBytes, unless that is 0. Of a backing whose
+// state is not told by its own superblock, unclean says that it may not have been stopped cleanly.
+func openAt(ctx context.Context, b config.Backing, what string, unclean bool, createBytes int64, log *slog.Logger) (backing, error) {
 	if b.Kind == config.BackingNBD {
-		c, err := dialBacking(ctx, b.URI, false, log)
+		c, err := dialBacking(ctx, b.URI, unclean, log)
 		if err != nil {
-			return nil, fmt.Errorf("open journal %s: %w", b, err)
+			return nil, fmt.Errorf("open %s %s: %w", what, b, err)
 		}
 		return c, nil
 	}
-	create := int64(0)
-	if b.Kind == config.BackingFile {
-		volume := int64(v.Size)
-		if volume == 0 {
-			volume = data.Size()
-		}
-		create = journal.ExternalBytes(volume, ringBytes(v))
+	if b.Kind != config.BackingFile {
+		createBytes = 0
 	}
-	return openHome(b.Path, create)
-}
-
-func openHome(path string, createBytes int64) (backing, error) {
-	f, err := home.Open(path, home.Options{Direct: true, CreateBytes: createBytes})
+	f, err := home.Open(b.Path, home.Options{Direct: true, CreateBytes: createBytes})
 	if errors.Is(err, home.ErrBusy) {
 		return nil, control.Refused(err, "stop the daemon that serves it, or unmount it")
 	}
@@ -92,18 +85,19 @@ func openHome(path string, createBytes int64) (backing, error) {
 }
 
 // dialBacking connects to a backing over NBD. Where the volume was not stopped cleanly, writes of the process before may still be
-// on their way to the server: the first write then waits until they cannot land any more.
-func dialBacking(ctx context.Context, uri string, dataOnly bool, log *slog.Logger) (*nbd.Client, error) {
+// on their way to the server: the first write then waits until they cannot land any more. A backing whose metadata lie elsewhere
+// does not tell: for it unclean says that they may be.
+func dialBacking(ctx context.Context, uri string, unclean bool, log *slog.Logger) (*nbd.Client, error) {
 	probe, err := nbd.Dial(ctx, uri, nbd.ClientOptions{Timeout: backingTimeout, Log: log})
 	if err != nil {
 		return nil, err
 	}
 	s, err := journal.Load(probe, journal.AreaOffset(probe.Size()))
-	clean := !dataOnly && (errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean)
+	unclean = unclean || err != nil && !errors.Is(err, journal.ErrNoMagic) || err == nil && !s.Clean
 	if err := probe.Close(); err != nil {
 		return nil, err
 	}
-	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: !clean, Log: log}
+	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: unclean, Log: log}
 	_, _ = rand.Read(o.Session[:]) // never fails (crypto/rand)
 	return nbd.Dial(ctx, uri, o)
 }

@@ -31,6 +31,13 @@ func (s *stepDown) inForce(ack config.Ack) config.Ack {
 	return ack
 }
 
+// on reports whether an emergency was turned on and not off.
+func (s *stepDown) on() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.emergency
+}
+
 func (s *stepDown) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

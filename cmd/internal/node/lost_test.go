@@ -21,8 +21,8 @@ func readErrno(v *Volume, off int64) syscall.Errno {
 	return errno
 }
 
-// damage flips a bit of the only version of the block that has that content.
-func damage(v *Volume, content []byte) {
+// flipSlots flips a bit of the only version of the block that has that content.
+func flipSlots(v *Volume, content []byte) {
 	for i := range v.arena.Headers {
 		if data := v.arena.Data(uint32(i)); v.arena.Headers[i].Number.Load() != 0 && string(data) == string(content) {
 			data[17] ^= 1
@@ -40,7 +40,7 @@ func TestKilledBeforeLostBlocksAreInMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, v, 0, pattern(1))
-	damage(v, pattern(1))
+	flipSlots(v, pattern(1))
 	if err := v.Flush(context.Background()); err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestKilledBeforeLostBlocksAreInMemory(t *testing.T) {
 
 	c := *r.config
 	v = &Volume{config: &c, log: slog.New(slog.DiscardHandler), backing: r.drive, meta: r.drive}
-	found, err := v.examine()
+	found, err := v.examine(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -64,7 +64,7 @@ func Open(ctx context.Context, d *config.Daemon, c *config.Volume, log *slog.Log
 }
 
 func (v *Volume) open(ctx context.Context, d *config.Daemon) error {
-	found, err := v.examine()
+	found, err := v.examine(ctx)
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,12 @@ func (v *Volume) assemble(size int64, rec *recovery) error {
 func syncBytes(memory int64) int64 { return min(flush.DefaultSyncBytes, memory/8) }
 
 // examine reads the superblock, or says how a backing without one is taken.
-func (v *Volume) examine() (*journal.Found, error) {
+func (v *Volume) examine(ctx context.Context) (*journal.Found, error) {
+	if !v.config.Force {
+		if err := v.refuseGrown(ctx); err != nil {
+			return nil, err
+		}
+	}
 	want := journal.Wanted{
 		Name: v.config.Name, VolumeBytes: int64(v.config.Size), Journal: journal.KindInternal, RingBytes: ringBytes(v.config),
 		Extendable: v.config.Backing.Kind == config.BackingFile, Force: v.config.Force,
@@ -216,6 +221,9 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 		v.arena.Stamp(v.superblock.Incarnation.Stamp)
 	}
 	rec, err := v.recover(ctx, found, memory)
+	if err == nil {
+		err = v.finishZero(ctx)
+	}
 	if err != nil {
 		return rec, err
 	}
@@ -352,7 +360,7 @@ func (v *Volume) Status() control.VolumeStatus {
 	c, f := v.cache.Stats(), v.flusher.Status()
 	s := control.VolumeStatus{
 		Name: v.config.Name, Role: control.RolePrimary, State: control.StateOK, Generation: v.generation(),
-		Ack: string(v.config.Ack), AckInForce: string(v.stepDown.inForce(v.config.Ack)), Flush: string(v.config.Flush),
+		Ack: string(v.config.Ack), AckInForce: string(v.stepDown.inForce(v.config.Ack)), Emergency: v.stepDown.on(), Flush: string(v.config.Flush),
 		SizeBytes: c.SizeBytes, MemoryBytes: c.MemoryBytes, ResidentBytes: c.ResidentBytes, FreeBytes: c.FreeBytes,
 		DirtyBytes: c.DirtyBytes, UncommittedBytes: c.UncommittedBytes, UncommittedLimitBytes: c.LimitBytes, LostBlocks: c.Lost,
 		Epoch:   control.Epoch{Open: c.Open + 1, Committed: c.Committed},

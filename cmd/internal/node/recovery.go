@@ -33,23 +33,60 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	case found.Adopted || s.Clean:
 		return recovery{seal: s.Committed}, nil
 	}
-	began := time.Now()
-	p := progressLog{log: v.log, what: "scanning the journal"}
-	rec, err := journal.Scan(ctx, v.meta, s, p.report)
-	gaveUp := err != nil
-	if err = v.refused(err); err != nil {
-		if rec == nil || !v.config.Force {
-			return recovery{}, err
-		}
-		v.log.Error("the journal is damaged; what lies behind the damage is given up", "err", err, "seal", rec.Seal)
+	rec, damage, err := v.scan(ctx)
+	if err != nil || damage != nil && !v.config.Force {
+		return recovery{}, errors.Join(err, damage)
 	}
-	p = progressLog{log: v.log, what: "replaying the journal"}
+	if damage != nil {
+		v.log.Error("the journal is damaged; what lies behind the damage is given up", "err", damage, "seal", rec.Seal)
+	}
+	r, err := v.replay(ctx, rec)
+	r.gaveUp = damage != nil
+	return r, err
+}
+
+// scan finds what the journal holds that may not be home. damage refuses the journal: rec is then what lies before it.
+func (v *Volume) scan(ctx context.Context) (rec *journal.Recovered, damage, err error) {
+	p := progressLog{log: v.log, what: "scanning the journal"}
+	rec, err = journal.Scan(ctx, v.meta, v.superblock, p.report)
+	if err = v.refused(err); rec != nil {
+		return rec, err, nil
+	}
+	return nil, nil, err
+}
+
+// replay brings home what was found.
+func (v *Volume) replay(ctx context.Context, rec *journal.Recovered) (recovery, error) {
+	began := time.Now()
+	p := progressLog{log: v.log, what: "replaying the journal"}
 	if err := journal.Replay(ctx, rec, v.meta, v.backing, p.report); err != nil {
 		return recovery{}, err
 	}
 	v.log.Info("recovered from the journal", "seal", rec.Seal, "runs", rec.Runs, "blocks", config.FormatBytes(rec.BlockBytes),
 		"zeroes", config.FormatBytes(rec.ZeroBytes), "lost", len(rec.Lost), "torn", rec.Torn, "dur", time.Since(began).Round(time.Millisecond))
-	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost, gaveUp: gaveUp}, nil
+	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
+}
+
+// finishZero zeroes what a resize has left to be zeroed, which the superblock no longer says when it is stored next.
+func (v *Volume) finishZero(ctx context.Context) error {
+	s := v.superblock
+	if s.ZeroBytes == 0 {
+		return nil
+	}
+	p := progressLog{log: v.log, what: "zeroing what a resize has left"}
+	done, total := int64(0), s.ZeroBytes
+	err := journal.Zero(ctx, v.backing, s.ZeroOffset, total, func(n int64) {
+		done += n
+		p.report(done, total)
+	})
+	if err == nil {
+		err = v.backing.Sync()
+	}
+	if err != nil {
+		return fmt.Errorf("finish a resize: %w", err)
+	}
+	s.ZeroOffset, s.ZeroBytes = 0, 0
+	return nil
 }
 
 // resume lets the ring go on where the memory says that it was. Where it says nothing a start before this one was killed when it

@@ -56,7 +56,7 @@ func (d *forgetful) cut() *forgetful {
 	return after
 }
 
-func openOn(t *testing.T, b backing, daemon *config.Daemon, c *config.Volume) *Volume {
+func openWith(t *testing.T, b backing, daemon *config.Daemon, c *config.Volume) *Volume {
 	t.Helper()
 	v := &Volume{config: c, log: slog.New(slog.DiscardHandler), backing: b, meta: b, stop: make(chan struct{})}
 	if err := v.open(context.Background(), daemon); err != nil {
@@ -71,7 +71,7 @@ func TestRestartAfterFailedSync(t *testing.T) {
 	daemon, c, d := &config.Daemon{Shm: shmDir(t)}, testConfig(), newForgetful()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	v := openOn(t, d, daemon, c)
+	v := openWith(t, d, daemon, c)
 	v.start()
 	if err := v.flusher.Commit(ctx); err != nil {
 		t.Fatal(err)
@@ -84,7 +84,7 @@ func TestRestartAfterFailedSync(t *testing.T) {
 	closeVolume(t, v)
 	d.syncFails = false
 
-	v = openOn(t, d, daemon, c)
+	v = openWith(t, d, daemon, c)
 	v.start()
 	if err := v.flusher.Commit(ctx); err != nil {
 		t.Fatal(err)
@@ -94,7 +94,7 @@ func TestRestartAfterFailedSync(t *testing.T) {
 	if err := os.Remove(daemon.MemoryFile(c)); err != nil {
 		t.Fatal(err)
 	}
-	v = openOn(t, d.cut(), daemon, c)
+	v = openWith(t, d.cut(), daemon, c)
 	if got := read(t, v, 0, cache.BlockBytes); !bytes.Equal(got, pattern(1)) {
 		t.Error("a committed write is gone")
 	}
@@ -107,7 +107,7 @@ func TestStaleRunIsWrittenOver(t *testing.T) {
 	daemon, c, d := &config.Daemon{Shm: shmDir(t)}, testConfig(), newForgetful()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	v := openOn(t, d, daemon, c)
+	v := openWith(t, d, daemon, c)
 	v.start()
 	if err := v.flusher.Commit(ctx); err != nil {
 		t.Fatal(err)
@@ -127,7 +127,7 @@ func TestStaleRunIsWrittenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	v = openOn(t, d, daemon, c)
+	v = openWith(t, d, daemon, c)
 	if got := v.flusher.Status().JournalUsedBytes; got != int64(before.Head-before.Tail)*journal.BlockBytes {
 		t.Errorf("%d bytes of the journal are in use", got)
 	}
@@ -140,7 +140,7 @@ func TestStaleRunIsWrittenOver(t *testing.T) {
 	if err := os.Remove(daemon.MemoryFile(c)); err != nil {
 		t.Fatal(err)
 	}
-	v = openOn(t, d.cut(), daemon, c)
+	v = openWith(t, d.cut(), daemon, c)
 	for off, want := range map[int64][]byte{0: pattern(1), 4096: pattern(2)} {
 		if got := read(t, v, off, cache.BlockBytes); !bytes.Equal(got, want) {
 			t.Errorf("the write at %d is gone", off)
