@@ -209,9 +209,10 @@ func (c *commits) writeMark() error {
 	return nil
 }
 
-// slackBlocks is what a run may need besides its blocks and their share of headers: for extents, lost blocks, and a last chunk
-// that is empty.
-const slackBlocks = 24
+// slackBlocks is what a run may need besides its blocks and their share of headers: one half for the 2048 extents that a cache
+// keeps at most and a mark before the run, so that what was let in always finds room in the end, the other for lost blocks and a
+// last chunk that is empty.
+const slackBlocks = 32
 
 // waitForRoom waits until the ring has room for a run. What is uncommitted is bound by that room, so it has as a rule.
 func (c *commits) waitForRoom(blocks int64) error {
@@ -421,7 +422,9 @@ func (c *commits) measure(bytes int64, d time.Duration) {
 
 func (c *commits) holdUp() {
 	if slowest := c.rate.lowest(); c.f.o.HoldUp > 0 && slowest > 0 {
-		c.src.Limit(max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds())))
+		limit := max(BlockBytes, int64(slowest*c.f.o.HoldUp.Seconds()))
+		c.rate.allow(limit)
+		c.src.Limit(limit)
 	}
 }
 

@@ -19,10 +19,21 @@ type rate struct {
 	n       int                  // ever added
 	slowest atomic.Uint64        // float64 bits
 	middle  atomic.Uint64
+	least   atomic.Int64 // bytes of the shortest commit that counts, if that is below rateBytes; 0: it is not
+}
+
+// allow says how many bytes a commit can have from now on: where that is little, those that are as long as can be have to tell the
+// bandwidth, too low as that may be. Else one that was slow would hold all that follow below what counts. It may be called beside add.
+func (r *rate) allow(bytes int64) { r.least.Store(max(1, bytes/4)) }
+
+// counts tells whether a commit is long enough to tell something.
+func (r *rate) counts(bytes int64, d time.Duration) bool {
+	least := r.least.Load()
+	return d > 0 && (bytes >= rateBytes || least > 0 && bytes >= least)
 }
 
 func (r *rate) add(bytes int64, d time.Duration) {
-	if bytes < rateBytes || d <= 0 {
+	if !r.counts(bytes, d) {
 		return
 	}
 	r.samples[r.n%rateSamples] = float64(bytes) / d.Seconds()
@@ -37,7 +48,7 @@ func (r *rate) add(bytes int64, d time.Duration) {
 // sofar takes into account a commit that is under way and slower than all before: whoever waits for its end would go on for too
 // long by a speed that is over. It reports whether that is news. It may be called beside add.
 func (r *rate) sofar(bytes int64, d time.Duration) bool {
-	if bytes < rateBytes || d <= 0 {
+	if !r.counts(bytes, d) {
 		return false
 	}
 	now := float64(bytes) / d.Seconds()

@@ -182,7 +182,7 @@ type Superblock struct {
 	Incarnation   Incarnation
 	Journal       Kind
 	Clean         bool      // the volume was stopped with everything home
-	Volatile      bool      // this opening answers writes before they are committed
+	Volatile      bool      // this opening answers writes before they are committed, or inherited such writes in memory
 	WrittenAt     time.Time // for people; to the nanosecond, UTC
 	Generations   []Generation
 

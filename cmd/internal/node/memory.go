@@ -19,6 +19,7 @@ type memoryFile struct {
 	path  string
 	id    arena.Identity
 	stamp uint64 // incarnation of the backing
+	clean bool   // that was stopped cleanly, and may have been used without us since
 	force bool
 	log   *slog.Logger
 
@@ -45,11 +46,15 @@ func (m *memoryFile) open() (*arena.Arena, error) {
 		return m.replace(mismatch)
 	case err != nil:
 		return nil, err
-	case warm && !a.BelongsTo(m.stamp):
+	case warm && (m.clean || !a.BelongsTo(m.stamp)):
 		if err := a.Close(); err != nil {
 			return nil, err
 		}
-		return m.replace(errors.New("the backing was opened by something else since the memory file was written"))
+		why := "the backing was opened by something else since the memory file was written"
+		if m.clean {
+			why = "the volume was stopped cleanly since the memory file was written"
+		}
+		return m.replace(errors.New(why))
 	case warm:
 		m.kept = true
 		m.log.Info("memory file found", "path", m.path, "dirty", cache.Holds(a, 0))

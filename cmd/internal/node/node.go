@@ -80,7 +80,7 @@ func (v *Volume) open(ctx context.Context, d *config.Daemon) error {
 	memory := memoryFile{
 		path: d.MemoryFile(v.config), force: v.config.Force, log: v.log,
 		id:    arena.Identity{Volume: found.Superblock.UUID, SizeBytes: size, MemoryBytes: int64(v.config.Memory)},
-		stamp: found.Superblock.Incarnation.Stamp,
+		stamp: found.Superblock.Incarnation.Stamp, clean: found.Superblock.Clean,
 	}
 	if v.arena, err = memory.open(); err != nil {
 		return err
@@ -237,7 +237,7 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 	if err != nil {
 		return rec, err
 	}
-	v.beginGeneration(memory, rec.seal)
+	v.beginGeneration(memory, &rec)
 	if err := v.beginRing(&rec); err != nil {
 		return rec, err
 	}
@@ -254,25 +254,26 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 }
 
 // beginGeneration notes in the superblock that the volume serves after its memory was lost while it was in use: numbers
-// above seal may be given a second time. Where that opening answered writes before they were committed, or where memory
-// with such writes was set aside, they are lost: a session that began before must not run on over its own past.
-func (v *Volume) beginGeneration(memory *memoryFile, seal uint64) {
+// above the seal may be given a second time. Where that opening answered writes before they were committed, or where memory
+// with such writes was set aside, or a part of the journal was given up, they are lost: a session that began before must not run
+// on over its own past.
+func (v *Volume) beginGeneration(memory *memoryFile, rec *recovery) {
 	s := v.superblock
 	last := v.generation()
 	lost := memory.lost || !s.Clean && !memory.kept
 	if last != 0 && !lost {
 		return
 	}
-	rollback := memory.lost || lost && s.Volatile
+	rollback := memory.lost || rec.gaveUp || lost && s.Volatile
 	if rollback {
-		v.log.Warn("the memory of the volume was lost while it was in use; answered writes that were not committed are gone",
-			"generation", last+1, "seal", seal)
+		v.log.Warn("the memory of the volume was lost while it was in use; answered writes are gone",
+			"generation", last+1, "seal", rec.seal, "damaged journal", rec.gaveUp)
 	}
 	if len(s.Generations) == journal.MaxGenerations {
 		s.Generations = s.Generations[1:]
 	}
 	s.Generations = append(s.Generations, journal.Generation{
-		ID: last + 1, Parent: last, Fork: seal, Began: time.Now().UTC(), Rollback: rollback,
+		ID: last + 1, Parent: last, Fork: rec.seal, Began: time.Now().UTC(), Rollback: rollback,
 	})
 }
 

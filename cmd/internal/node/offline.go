@@ -203,6 +203,7 @@ func (v *Volume) recoverOffline(ctx context.Context, dryRun bool) (*Recovery, er
 		if back, err = v.replay(ctx, rec); err != nil {
 			return r, err
 		}
+		back.gaveUp = r.Damage != ""
 	}
 	if err := v.finishZero(ctx); err != nil {
 		return r, err
@@ -245,7 +246,7 @@ func (v *Volume) storeRecovered(back *recovery, r *Recovery) error {
 		back.lost = nil
 	}
 	if !s.Clean {
-		v.beginGeneration(new(memoryFile), back.seal)
+		v.beginGeneration(new(memoryFile), back)
 		if err := v.beginRing(back); err != nil {
 			return err
 		}

@@ -19,6 +19,8 @@ type recovery struct {
 	lost  []journal.LostBlock
 	warm  bool               // the memory has everything: nothing is replayed, and the ring goes on
 	found *journal.Recovered // what was replayed; nil where nothing was
+
+	gaveUp bool // the journal is damaged, and what was committed behind the damage is gone
 }
 
 // recover finds what is committed. Without the memory everything that is goes home; with it the ring goes on where it was.
@@ -33,14 +35,15 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 		return recovery{seal: s.Committed}, nil
 	}
 	rec, damage, err := v.scan(ctx)
-	if err == nil && damage != nil && v.config.Force {
+	if err != nil || damage != nil && !v.config.Force {
+		return recovery{}, errors.Join(err, damage)
+	}
+	if damage != nil {
 		v.log.Error("the journal is damaged; what lies behind the damage is given up", "err", damage, "seal", rec.Seal)
-		damage = nil
 	}
-	if err = errors.Join(err, damage); err != nil {
-		return recovery{}, err
-	}
-	return v.replay(ctx, rec)
+	r, err := v.replay(ctx, rec)
+	r.gaveUp = damage != nil
+	return r, err
 }
 
 // scan finds what the journal holds that may not be home. damage refuses the journal: rec is then what lies before it.

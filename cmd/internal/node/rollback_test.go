@@ -1,10 +1,14 @@
 package node
 
 import (
+	"errors"
 	"os"
 	"testing"
 
+	"github.com/ramshelf/ramshelf/cache"
 	"github.com/ramshelf/ramshelf/cmd/internal/config"
+	"github.com/ramshelf/ramshelf/cmd/internal/control"
+	"github.com/ramshelf/ramshelf/flush/journal"
 )
 
 // TestInheritedWritesAreVolatile: writes that were answered from memory under one promise are lost with the memory under
@@ -41,4 +45,32 @@ func TestInheritedWritesAreVolatile(t *testing.T) {
 			closeVolume(t, v)
 		})
 	}
+}
+
+// TestForcedRecoveryIsRollback: who forces a damaged journal gives up writes that were answered, whatever the promise was.
+func TestForcedRecoveryIsRollback(t *testing.T) {
+	r := newRig(t)
+	r.config.Ack = config.AckDisk
+	v := r.open()
+	v.start()
+	first, _ := v.arena.Journal()
+	for i := range int64(3) {
+		write(t, v, i*cache.BlockBytes, pattern(byte(i)))
+	}
+	offset := v.superblock.RingOffset + int64(first.Head+1)*journal.BlockBytes
+	closeVolume(t, v)
+	if err := os.Remove(r.memoryFile()); err != nil {
+		t.Fatal(err)
+	}
+	r.drive.data[offset]++
+	var failure *control.Failure
+	if _, err := r.tryOpen(); !errors.As(err, &failure) || failure.Code != control.ExitRefused {
+		t.Fatalf("open: %v, want a refusal", err)
+	}
+	r.config.Force = true
+	v = r.open()
+	if g := v.rollback(); g != 2 {
+		t.Errorf("the volume went back last in generation %d, want 2", g)
+	}
+	closeVolume(t, v)
 }
