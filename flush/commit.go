@@ -28,7 +28,8 @@ type commits struct {
 	home uint64 // everything before this position is home and synced
 
 	sealedAt time.Time
-	named    bool // the last run that committed something is named by one behind it
+	beganAt  time.Time // when the run of the last seal began to be written
+	named    bool      // the last run that committed something is named by one behind it
 	entries  []journal.Entry
 	others   []journal.Entry
 	blocks   [journal.EntriesPerChunk]Block
@@ -44,7 +45,7 @@ type commits struct {
 
 func newCommits(f *Flusher, src Journaled, j *Journal, d *disk) *commits {
 	c := &commits{
-		f: f, src: src, j: j, ring: j.Ring, named: true,
+		f: f, src: src, j: j, ring: j.Ring,
 		wakeHome: make(chan struct{}, 1), moved: make(chan struct{}, 1),
 		entries: make([]journal.Entry, 0, journal.EntriesPerChunk),
 	}
@@ -111,11 +112,13 @@ func (c *commits) commit() (moved, ok bool) {
 		return moved, false
 	}
 	if moved {
-		c.measure(dirtyBytes, time.Since(begin))
+		c.measure(dirtyBytes, time.Since(c.beganAt)) // a wait for room in the ring says nothing about its speed
 		f.counters.committed(seal, time.Since(begin))
 	}
 	f.src.Committed(seal)
-	c.mark.Store(c.state().Head)
+	if moved { // the place behind a mark is no news to the way home
+		c.mark.Store(c.state().Head)
+	}
 	f.waiting.commit()
 	if f.waiting.wantsHome() || c.src.PressedHome() {
 		signal(c.wakeHome)
@@ -153,6 +156,7 @@ func (c *commits) write(seal uint64, blocks int64) error {
 	}
 	c.before.Store(c.lane.bytes.Load())
 	c.began.Store(int64(time.Since(c.lane.base)))
+	c.beganAt = time.Now()
 	c.begin(seal)
 	c.src.Retake()
 	others := c.others
@@ -164,9 +168,7 @@ func (c *commits) write(seal uint64, blocks int64) error {
 			if ended = n < room; ended {
 				// All of the seal was looked at: what is lost is known now.
 				others = slices.Clip(others)
-				c.src.LostBlocks(seal, func(block, sequence uint64) {
-					others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
-				})
+				others = c.lost(others, seal)
 			}
 		}
 		with := min(len(others), journal.EntriesPerChunk-n)
@@ -190,10 +192,7 @@ func (c *commits) writeMark() error {
 	committed := c.state().Committed
 	c.begin(committed)
 	// What a seal under way has written over is still lost if that is never committed. Its own entries are in c.others.
-	var others []journal.Entry
-	c.src.LostBlocks(committed, func(block, sequence uint64) {
-		others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
-	})
+	others := c.lost(nil, committed)
 	for last := false; !last; {
 		n := min(len(others), journal.EntriesPerChunk)
 		last = n == len(others)
@@ -207,6 +206,23 @@ func (c *commits) writeMark() error {
 	}
 	c.named = true
 	return nil
+}
+
+// maxLost is how many lost blocks a run lists: the room that every run has besides its blocks is bounded.
+const maxLost = 1024
+
+// lost appends the blocks that are lost as of seal to a run.
+func (c *commits) lost(others []journal.Entry, seal uint64) []journal.Entry {
+	n := 0
+	c.src.LostBlocks(seal, func(block, sequence uint64) {
+		if n++; n <= maxLost {
+			others = append(others, journal.Entry{Kind: journal.EntryLost, Block: block, Number: sequence})
+		}
+	})
+	if n > maxLost {
+		c.f.log.Error("more blocks are lost than the journal records: after a power cut the others read as they were before", "lost", n, "recorded", maxLost)
+	}
+	return others
 }
 
 // slackBlocks is what a run may need besides its blocks and their share of headers: one half for the 2048 extents that a cache
@@ -237,6 +253,9 @@ func (c *commits) waitForRoom(blocks int64) error {
 // prepareBytes is how much of the ring is prepared at once.
 const prepareBytes = 8 << 20
 
+// hole are the flags of a range that has no content and reads as zeroes: the bits of the NBD context base:allocation.
+const hole = 3
+
 // prepare has a sparse file allocate the blocks of the ring before they are used, many at a time: else each commit of the first
 // lap would have to wait for the file system to record that a few more blocks have content. Only holes are written, so
 // nothing is written over that was there.
@@ -251,7 +270,7 @@ func (c *commits) prepare(blocks int64) error {
 		off, end := c.ring.Offset(c.ready), c.ring.Offset(c.ready)+int64(n)*BlockBytes
 		var found []Zero
 		err := holes.Extents(off, end-off, func(off, n int64, flags uint32) bool {
-			if flags != 0 {
+			if flags == hole {
 				found = append(found, Zero{off, min(n, end-off)})
 			}
 			return true
