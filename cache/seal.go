@@ -167,6 +167,11 @@ func (c *Cache) repaired(s uint32, number uint64) bool {
 // Committed says that the whole seal is committed. Those who waited for it are answered.
 func (c *Cache) Committed(seal uint64) {
 	c.pub.Lock()
+	if c.committed.Load() == seal {
+		// A seal of nothing makes no room: whoever waits for some would only ask for another.
+		c.pub.Unlock()
+		return
+	}
 	c.committed.Store(seal)
 	c.sealedSince = 0
 	if c.safe.Load() < seal {
