@@ -381,6 +381,8 @@ func built(t testing.TB) [][]byte {
 		}
 		w := ATA{Flags: ATAExtended | ATAWrite, Command: ATAWriteExt, Count: 16, LBA: 12345}
 		add(append(w.Append(head(CommandATA)), make([]byte, 16*SectorBytes)...), nil)
+		probe := ATA{Flags: ATAExtended, Command: ATAReadExt, Count: 2}
+		add(append(probe.Append(head(CommandATA)), make([]byte, 2*SectorBytes)...), nil)
 		for command := ConfigRead; command <= ConfigForce; command++ {
 			c := Config{Buffers: 16, Firmware: 1, Sectors: 16, Version: 1, Command: command, String: []byte("ramshelf vol")}
 			add(c.Append(head(CommandConfig)))

@@ -40,6 +40,7 @@ type knobs struct {
 	lba28      bool
 	flush      bool
 	deadAfter  time.Duration
+	service    time.Duration // that the target needs for a frame
 	operations int
 }
 
@@ -112,8 +113,10 @@ type sim struct {
 	healed    bool
 	began     map[*Request]time.Duration // when each request was submitted
 	inFlight  int
+	served    time.Duration // until when the target is busy
 	done      int
 	submitted int
+	notes     []Note
 	problems  []string
 	crashes   int
 	ghosts    int // copies of writes that arrived after their write was answered
@@ -179,6 +182,7 @@ func (s *sim) step(ev Event) {
 	for _, r := range fx.Done {
 		s.finished(r)
 	}
+	s.notes = append(s.notes, fx.Notes...)
 }
 
 // writeOf gives the sectors of a WRITE, and the tokens in them.
@@ -271,6 +275,7 @@ func (s *sim) arrived(network int, frame []byte) {
 		return
 	}
 	h.Dst, h.Src, h.Flags, h.Address = h.Src, targetMAC(network), aoe.FlagResponse, shelf
+	s.served = max(s.served, s.now) + s.k.service
 	out := h.Append(nil)
 	switch h.Command {
 	case aoe.CommandConfig:
@@ -283,7 +288,7 @@ func (s *sim) arrived(network int, frame []byte) {
 		}
 		out = s.execute(out, a, data)
 	}
-	s.carry(1, network, aoe.Pad(out))
+	s.after(s.served-s.now, func() { s.carry(1, network, aoe.Pad(out)) })
 }
 
 func (s *sim) config(h aoe.Header) []byte {
