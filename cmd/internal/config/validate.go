@@ -197,8 +197,8 @@ func (v *Volume) refuseLater() error {
 		{v.OnArbiterLoss != "", "--on-arbiter-loss"},
 		{v.Role == RoleSecondary, "--role secondary"},
 		{v.OnIOError != "", "--on-io-error"},
-		{v.Journal.Backing.Kind == BackingAoE || v.Journal.Backing.Kind == BackingLayout, "--journal " + v.Journal.String()},
-		{v.Backing.Kind == BackingAoE || v.Backing.Kind == BackingLayout, "--backing " + v.Backing.String()},
+		{v.Journal.Backing.Kind == BackingLayout, "--journal " + v.Journal.String()},
+		{v.Backing.Kind == BackingLayout, "--backing " + v.Backing.String()},
 	} {
 		if s.used {
 			return control.Later(fmt.Sprintf("volume %q: %s", v.Name, s.what))

@@ -9,6 +9,9 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/ramshelf/ramshelf/aoe"
+	"github.com/ramshelf/ramshelf/aoe/ether"
+	"github.com/ramshelf/ramshelf/aoe/initiator"
 	"github.com/ramshelf/ramshelf/cmd/internal/config"
 	"github.com/ramshelf/ramshelf/cmd/internal/control"
 	"github.com/ramshelf/ramshelf/flush/home"
@@ -45,6 +48,9 @@ func openBacking(ctx context.Context, v *config.Volume, log *slog.Logger) (backi
 		}
 		return c, nil
 	}
+	if v.Backing.Kind == config.BackingAoE {
+		return openShelf(ctx, v.Backing.AoE, v.Journal.Kind == config.JournalBacking, log)
+	}
 	create := int64(0)
 	if v.Backing.Kind == config.BackingFile && v.Size > 0 {
 		switch v.Journal.Kind {
@@ -68,6 +74,9 @@ func openJournal(ctx context.Context, v *config.Volume, data backing, log *slog.
 			return nil, fmt.Errorf("open journal %s: %w", b, err)
 		}
 		return c, nil
+	}
+	if b.Kind == config.BackingAoE {
+		return openShelf(ctx, b.AoE, false, log)
 	}
 	create := int64(0)
 	if b.Kind == config.BackingFile {
@@ -98,14 +107,63 @@ func dialBacking(ctx context.Context, uri string, dataOnly bool, log *slog.Logge
 	if err != nil {
 		return nil, err
 	}
-	s, err := journal.Load(probe, journal.AreaOffset(probe.Size()))
-	clean := !dataOnly && (errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean)
+	clean := stoppedCleanly(probe, dataOnly)
 	if err := probe.Close(); err != nil {
 		return nil, err
 	}
 	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: !clean, Log: log}
 	_, _ = rand.Read(o.Session[:]) // never fails (crypto/rand)
 	return nbd.Dial(ctx, uri, o)
+}
+
+// stoppedCleanly reports whether who wrote to the backing before has waited for all of its writes. A backing without metadata does not
+// tell.
+func stoppedCleanly(b backing, dataOnly bool) bool {
+	s, err := journal.Load(b, journal.AreaOffset(b.Size()))
+	return !dataOnly && (errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean)
+}
+
+// openShelf finds an AoE target. As over NBD, the first write waits where the writes of the process before may still be on their way.
+func openShelf(ctx context.Context, target string, dataOnly bool, log *slog.Logger) (backing, error) {
+	endpoint, err := aoe.ParseEndpoint(target)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, backingTimeout)
+	defer cancel()
+	quiet := slog.New(slog.DiscardHandler)
+	probe, err := discover(ctx, endpoint, initiator.Options{}, quiet)
+	if err != nil {
+		return nil, err
+	}
+	o := initiator.Options{Clean: stoppedCleanly(probe, dataOnly)}
+	identity := probe.Status().Identity
+	o.Identity = &identity
+	if err := probe.Close(); err != nil {
+		return nil, err
+	}
+	return discover(ctx, endpoint, o, log)
+}
+
+// discover opens the interfaces and finds the target on them.
+func discover(ctx context.Context, e aoe.Endpoint, o initiator.Options, log *slog.Logger) (*initiator.Initiator, error) {
+	var wires []initiator.Wire
+	for _, name := range e.Interfaces {
+		w, err := ether.Open(name, ether.Options{Responses: true})
+		if err != nil {
+			for _, w := range wires {
+				err = errors.Join(err, w.Close())
+			}
+			return nil, fmt.Errorf("open backing aoe:%s: %w", e, err)
+		}
+		wires = append(wires, w)
+	}
+	o.Address = e.Address
+	i, err := initiator.Open(ctx, wires, initiator.Config{Options: o, Log: log})
+	if err != nil {
+		return nil, fmt.Errorf("open backing aoe:%s: %w", e, err)
+	}
+	return i, nil
 }
 
 // undo takes back that the backing was made, and closes it.
@@ -129,6 +187,8 @@ func durability(b backing) string {
 			return "flushed by the server"
 		}
 		return "server acknowledges without flush"
+	case *initiator.Initiator:
+		return b.Status().Durability
 	}
 	return ""
 }
