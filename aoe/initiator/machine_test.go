@@ -450,10 +450,14 @@ func TestReturn(t *testing.T) {
 		s.send(&Request{Op: Read, Data: make([]byte, aoe.SectorBytes)})
 		gone := s.now
 		s.until("four seconds", time.Minute, func() bool { return s.now >= gone+4*time.Second })
+		if st := s.m.Status(s.now); st.Trouble() != "shelf e1.0 not answering for 4s" {
+			t.Errorf("trouble %q, %+v", st.Trouble(), st)
+		}
 		s.targetUp = true
 		s.until("an answer after the return", time.Second, func() bool { return s.inFlight == 0 })
-		if c := s.m.Status(s.now).Counters; c.Resent > 8 {
-			t.Errorf("%d copies were sent of one frame", c.Resent)
+		st := s.m.Status(s.now)
+		if st.Counters.Resent > 8 || st.Trouble() != "" {
+			t.Errorf("%d copies were sent of one frame; trouble %q", st.Counters.Resent, st.Trouble())
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/ramshelf/ramshelf/aoe"
@@ -16,7 +17,8 @@ const (
 
 // Status is what can be told of a target.
 type Status struct {
-	State string
+	Address aoe.Address
+	State   string
 	// Silent is for how long requests have been waiting since the last answer.
 	Silent   time.Duration
 	Identity aoe.Identity // zero while unknown
@@ -24,6 +26,20 @@ type Status struct {
 	Counters Counters
 	// Durability says what Sync is worth.
 	Durability string
+}
+
+// troubleAfter is how long a target may be silent before that is a trouble.
+const troubleAfter = time.Second
+
+// Trouble says in words what keeps requests waiting; "" where nothing does.
+func (s *Status) Trouble() string {
+	switch {
+	case s.State == StateRefused:
+		return fmt.Sprintf("shelf %s is another device now", s.Address)
+	case s.Silent >= troubleAfter:
+		return fmt.Sprintf("shelf %s not answering for %s", s.Address, s.Silent.Truncate(time.Second))
+	}
+	return ""
 }
 
 // PathStatus is one path.
@@ -40,7 +56,7 @@ type PathStatus struct {
 
 // Status is the status at the time now.
 func (m *Machine) Status(now time.Duration) Status {
-	s := Status{State: StateDiscovering, Counters: m.counters, Durability: m.durability()}
+	s := Status{Address: m.o.Address, State: StateDiscovering, Counters: m.counters, Durability: m.durability()}
 	if m.waiting {
 		s.Silent = max(0, now-m.since)
 	}

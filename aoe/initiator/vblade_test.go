@@ -265,7 +265,7 @@ func TestVbladeIsAnother(t *testing.T) {
 	if _, err := i.ReadAt(make([]byte, 512), 0); !errors.Is(err, ErrDead) {
 		t.Errorf("a read from another device: %v", err)
 	}
-	if s := i.Status(); s.State != StateRefused || !strings.Contains(log.String(), "is another device") {
+	if s := i.Status(); s.State != StateRefused || s.Trouble() != "shelf e1.0 is another device now" || !strings.Contains(log.String(), "is another device") {
 		t.Errorf("status %+v", s)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -93,6 +94,9 @@ func TestShelfRestarts(t *testing.T) {
 			t.Fatal("writes are answered as on disk, and there is no disk")
 		case <-time.After(1500 * time.Millisecond):
 		}
+		eventually(t, 20*time.Second, "the status says that the shelf is away", func() bool {
+			return strings.Contains(s.status().Backing.Error, "shelf e1.0 not answering for")
+		})
 		shelf.start()
 		select {
 		case <-answered:
