@@ -583,7 +583,8 @@ func (m *Machine) send(p *path, tag uint32, a *aoe.ATA, withData bool, data []by
 	}
 }
 
-// answered takes the answer to a copy of a fragment. Any copy will do: they all ask for the same.
+// answered takes the answer to a copy of a fragment. Any copy will do: they ask for the same, or, sent before the fragment was
+// split, for that and more behind it.
 func (m *Machine) answered(tx *transmission, h aoe.Header, a aoe.ATA, data []byte) {
 	f := tx.of
 	err := refusal(h, a)
@@ -592,8 +593,8 @@ func (m *Machine) answered(tx *transmission, h aoe.Header, a aoe.ATA, data []byt
 		return
 	}
 	m.settle(tx)
-	if f.done || tx.lba != f.lba || tx.sectors != f.sectors {
-		return // answered before, or split since
+	if f.done {
+		return // by another copy
 	}
 	if f.request.Op == Read && err == nil {
 		copy(f.data, data)
@@ -661,8 +662,8 @@ func (m *Machine) giveUp(tx *transmission) {
 	tx.flying, tx.lost = false, m.now
 	m.late = append(m.late, tx)
 	f := tx.of
-	// Another copy may be in flight already, or have been given up as well.
-	if f != nil && !f.done && !slices.Contains(m.resend, f) && tx.lba == f.lba && tx.sectors == f.sectors {
+	// At most one copy of a fragment is in flight: it is sent again only when the last one is given up.
+	if f != nil && !f.done {
 		m.resend = append(m.resend, f)
 	}
 }

@@ -323,6 +323,40 @@ func TestFence(t *testing.T) {
 	}
 }
 
+// A write whose frames must become smaller stays fenced by the large one, and by all of the small ones.
+func TestFenceOfSplitFrame(t *testing.T) {
+	a := newAlone(t, Options{Clean: true}, plain, aoe.Config{Buffers: 16, Sectors: 16})
+	w := a.submit(&Request{Op: Write, Data: make([]byte, 16*aoe.SectorBytes)})
+	large := a.sent(1)[0]
+	a.m.paths[0].sectors = 4
+	a.now = a.m.Next()
+	a.step(Event{})
+	small := a.sent(4)
+	for i, f := range small {
+		if got := parse(t, f); got.LBA != uint64(4*i) || got.Count != 4 {
+			t.Errorf("frame %d: %+v", i, got)
+		}
+	}
+	newer := a.submit(&Request{Op: Write, LBA: 15, Data: make([]byte, aoe.SectorBytes)})
+	a.answer(large, aoe.StatusReady, nil) // of which the first small one is a part
+	a.sent(0)
+	for i, f := range small {
+		if len(a.fx.Done) > 0 {
+			t.Errorf("the write is done before frame %d was answered", i)
+		}
+		if a.answer(f, aoe.StatusReady, nil); i < 3 {
+			a.sent(0)
+		}
+	}
+	if !slices.Contains(a.fx.Done, w) || w.Err != nil {
+		t.Errorf("the write: %v", w.Err)
+	}
+	a.answer(a.sent(1)[0], aoe.StatusReady, nil)
+	if !slices.Contains(a.fx.Done, newer) || a.m.Fenced() {
+		t.Error("the newer write is not done, or a fence stays")
+	}
+}
+
 // Where frames may be delivered twice every write fences.
 func TestFenceAll(t *testing.T) {
 	a := newAlone(t, Options{Clean: true, FenceAll: true}, plain, aoe.Config{Buffers: 16, Sectors: 16})
@@ -361,6 +395,11 @@ func TestFastRetransmit(t *testing.T) {
 	}
 	if resent != 2 || p.window < 8 {
 		t.Errorf("%d frames were sent again, the window is %v", resent, p.window)
+	}
+	late := aoe.Header{Dst: hostMAC(0), Src: targetMAC(0), Version: 1, Flags: aoe.FlagResponse, Address: shelf, Tag: tags[0].tag}
+	ata := aoe.ATA{Flags: aoe.ATAExtended, Command: aoe.StatusReady}
+	if a.frame(append(ata.Append(late.Append(nil)), make([]byte, aoe.SectorBytes)...)); p.reorder != 2*minReorder {
+		t.Errorf("a frame was only overtaken, and still %d later ones make it lost", p.reorder)
 	}
 	if c := a.m.Status(a.now).Counters; c.Passed != 2 || c.Timeouts != 0 || c.Resent != 2 {
 		t.Errorf("counters %+v", c)
