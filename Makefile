@@ -8,7 +8,7 @@ LDFLAGS       := -s -w -X main.version=$(VERSION)
 export GOLANGCI_LINT ?= v2.13.1
 
 # Packages whose tests are quick enough under the race detector, and those that need the whole machine.
-RACE     := ./nbd/... ./cache/... ./flush/... ./cmd/...
+RACE     := ./nbd/... ./cache/... ./aoe/... ./flush/... ./cmd/...
 UNIT      = $(shell $(GO) list ./... | grep -v /bench/system)
 FUZZTIME ?= 3s
 

@@ -31,6 +31,7 @@ type cutMode struct {
 	staleness string // the default where empty
 	size      int64
 	slow      bool // writes take 1 ms and more
+	shelf     bool // the backing is an AoE target
 }
 
 // cutModes are the volumes of TestPowerCut. Memory is a quarter of the smallest, so that blocks come and go.
@@ -110,6 +111,10 @@ func newPowerCut(t testing.TB, m cutMode, v volume) *powerCut {
 	v.size, v.memory, v.journal, v.ack = m.size, cutMemory, m.journal, m.ack
 	p := &powerCut{t: t, m: m, h: newHistory(m.size), file: filepath.Join(t.TempDir(), "home.img")}
 	v.backing = "file:" + p.file
+	if m.shelf {
+		s := newShelf(t, p.file, m.size+128*mib)
+		v.backing, v.binary = s.backing(), s.binary
+	}
 	if m.slow {
 		v.backing = "file:" + slowDisk(t, p.file, m.size+128*mib)
 	}

@@ -237,6 +237,7 @@ type volumeStatus struct {
 	Peer    *json.RawMessage `json:"peer"`
 	Backing struct {
 		State string `json:"state"`
+		Error string `json:"error"`
 	} `json:"backing"`
 }
 

@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/ramshelf/ramshelf/aoe"
 	"github.com/ramshelf/ramshelf/nbd"
 )
 
@@ -28,6 +29,7 @@ type Backing struct {
 	Kind BackingKind
 	Path string // of a file or a device, absolute
 	URI  string // of an NBD export, with its scheme
+	AoE  string // of an AoE target: eSHELF.SLOT@IF[+IF…]
 	text string
 }
 
@@ -52,13 +54,17 @@ func (b *Backing) parse() error {
 		}
 	}
 	path, isFile := strings.CutPrefix(b.text, "file:")
+	target, isAoE := strings.CutPrefix(b.text, "aoe:")
 	switch {
 	case isFile:
 		return b.setPath(BackingFile, path)
 	case strings.HasPrefix(b.text, "/dev/") && !strings.HasPrefix(b.text, "/dev/shm/"):
 		return b.setPath(BackingDevice, b.text)
-	case strings.HasPrefix(b.text, "aoe:"):
-		b.Kind = BackingAoE
+	case isAoE:
+		if _, err := aoe.ParseEndpoint(target); err != nil {
+			return fmt.Errorf("backing: %w", err)
+		}
+		b.Kind, b.AoE = BackingAoE, target
 		return nil
 	case strings.HasPrefix(b.text, "nbd"):
 		if _, err := nbd.ParseURI(b.text); err != nil {
@@ -69,7 +75,7 @@ func (b *Backing) parse() error {
 	case !strings.Contains(b.text, ":") && b.text != "":
 		return fmt.Errorf("backing %q has no kind; for a file say file:%s", b.text, b.text)
 	}
-	return fmt.Errorf("backing %q is none of file:PATH, /dev/X, nbd://HOST[:PORT]/NAME, nbd+unix:///NAME?socket=PATH", b.text)
+	return fmt.Errorf("backing %q is none of file:PATH, /dev/X, nbd://HOST[:PORT]/NAME, nbd+unix:///NAME?socket=PATH, aoe:eSHELF.SLOT@IF", b.text)
 }
 
 func (b *Backing) setPath(kind BackingKind, path string) error {
@@ -88,7 +94,7 @@ func (b *Backing) setPath(kind BackingKind, path string) error {
 func (b Backing) String() string { return b.text }
 
 // later reports a form that has a name but no function yet.
-func (b Backing) later() bool { return b.Kind == BackingAoE || b.Kind == BackingLayout }
+func (b Backing) later() bool { return b.Kind == BackingLayout }
 
 // key is equal for two backings that are the same by name.
 func (b Backing) key() string {

@@ -105,7 +105,7 @@ func (v *Volume) addFlags(fs *pflag.FlagSet) {
 		fs.Var(flagValue{target, kind}, name, usage)
 	}
 	fs.StringVar(&v.Name, "name", "", "name of the volume")
-	text(&v.Backing, "BACKING", "backing", "where the content is kept: file:PATH, /dev/X, nbd://…, nbd+unix://…")
+	text(&v.Backing, "BACKING", "backing", "where the content is kept: file:PATH, /dev/X, nbd://…, nbd+unix://…, aoe:eSHELF.SLOT@IF")
 	text(&v.Size, "SIZE", "size", "size of the volume; creates a missing file (default: what the backing gives)")
 	text(&v.Memory, "SIZE", "memory", "RAM for the hot set (default 256MiB)")
 	text(&v.MaxDirty, "SIZE", "max-dirty", "bound of what is uncommitted (default a third of --memory)")

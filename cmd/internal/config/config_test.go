@@ -145,7 +145,8 @@ func TestBacking(t *testing.T) {
 		"/dev/sdb":                      {Kind: BackingDevice, Path: "/dev/sdb"},
 		"nbd://store:10810/vol":         {Kind: BackingNBD, URI: "nbd://store:10810/vol"},
 		"nbd+unix:///vol?socket=/tmp/s": {Kind: BackingNBD, URI: "nbd+unix:///vol?socket=/tmp/s"},
-		"aoe:e1.0@eth1":                 {Kind: BackingAoE},
+		"aoe:e1.0@eth1":                 {Kind: BackingAoE, AoE: "e1.0@eth1"},
+		"aoe:e1.0@eth1+eth2":            {Kind: BackingAoE, AoE: "e1.0@eth1+eth2"},
 		"stripe:(/dev/sdb,/dev/sdc)":    {Kind: BackingLayout},
 	} {
 		want.text = text
@@ -161,6 +162,9 @@ func TestBacking(t *testing.T) {
 		"file:":            "has no path",
 		"":                 "is none of",
 		"ftp://x":          "is none of",
+		"aoe:e1.0":         "name the interface",
+		"aoe:1.0@eth1":     "eSHELF.SLOT",
+		"aoe:e4095.0@eth1": "the shelf must be",
 		"nbds://store/vol": "TLS",
 		"nbd+unix:///vol":  "socket",
 	} {
@@ -289,8 +293,7 @@ func TestRefusedFlags(t *testing.T) {
 		{minimal("--backing-timeout", "1ms"), control.ExitUsage, "backing_timeout 1ms is outside"},
 		{minimal("--journal-size", "1M"), control.ExitUsage, "journal_size 1.0 MiB (1048576) is less than 4.0 MiB"},
 		{minimal("--on-io-error", "stop"), control.ExitFailed, "lands later"},
-		{minimal("--journal", "aoe:e1.0@eth1"), control.ExitFailed, "--journal aoe:e1.0@eth1: lands later"},
-		{minimal("--backing", "aoe:e1.0@eth1"), control.ExitFailed, "lands later"},
+		{minimal("--journal", "mirror:(/dev/sdb,/dev/sdc)"), control.ExitFailed, "--journal mirror:(/dev/sdb,/dev/sdc): lands later"},
 		{minimal("--backing", "mirror:(/dev/sdb,/dev/sdc)"), control.ExitFailed, "lands later"},
 		{minimal("--listen", "aoe:e7.1@eth0"), control.ExitFailed, "lands later"},
 	} {

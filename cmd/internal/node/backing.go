@@ -9,6 +9,9 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/ramshelf/ramshelf/aoe"
+	"github.com/ramshelf/ramshelf/aoe/ether"
+	"github.com/ramshelf/ramshelf/aoe/initiator"
 	"github.com/ramshelf/ramshelf/cmd/internal/config"
 	"github.com/ramshelf/ramshelf/cmd/internal/control"
 	"github.com/ramshelf/ramshelf/flush/home"
@@ -71,6 +74,9 @@ func openAt(ctx context.Context, b config.Backing, what string, unclean bool, cr
 		}
 		return c, nil
 	}
+	if b.Kind == config.BackingAoE {
+		return openShelf(ctx, b.AoE, unclean, log)
+	}
 	if b.Kind != config.BackingFile {
 		createBytes = 0
 	}
@@ -92,14 +98,63 @@ func dialBacking(ctx context.Context, uri string, unclean bool, log *slog.Logger
 	if err != nil {
 		return nil, err
 	}
-	s, err := journal.Load(probe, journal.AreaOffset(probe.Size()))
-	unclean = unclean || err != nil && !errors.Is(err, journal.ErrNoMagic) || err == nil && !s.Clean
+	clean := stoppedCleanly(probe, unclean)
 	if err := probe.Close(); err != nil {
 		return nil, err
 	}
-	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: unclean, Log: log}
+	o := nbd.ClientOptions{Connections: backingConnections, Timeout: backingTimeout, Unclean: !clean, Log: log}
 	_, _ = rand.Read(o.Session[:]) // never fails (crypto/rand)
 	return nbd.Dial(ctx, uri, o)
+}
+
+// stoppedCleanly reports whether who wrote to the backing before has waited for all of its writes. One whose metadata lie elsewhere
+// does not tell: for it unclean says that they may not have been waited for.
+func stoppedCleanly(b backing, unclean bool) bool {
+	s, err := journal.Load(b, journal.AreaOffset(b.Size()))
+	return !unclean && (errors.Is(err, journal.ErrNoMagic) || err == nil && s.Clean)
+}
+
+// openShelf finds an AoE target. As over NBD, the first write waits where the writes of the process before may still be on their way.
+func openShelf(ctx context.Context, target string, unclean bool, log *slog.Logger) (backing, error) {
+	endpoint, err := aoe.ParseEndpoint(target)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, backingTimeout)
+	defer cancel()
+	quiet := slog.New(slog.DiscardHandler)
+	probe, err := discover(ctx, endpoint, initiator.Options{}, quiet)
+	if err != nil {
+		return nil, err
+	}
+	o := initiator.Options{Clean: stoppedCleanly(probe, unclean)}
+	identity := probe.Status().Identity
+	o.Identity = &identity
+	if err := probe.Close(); err != nil {
+		return nil, err
+	}
+	return discover(ctx, endpoint, o, log)
+}
+
+// discover opens the interfaces and finds the target on them.
+func discover(ctx context.Context, e aoe.Endpoint, o initiator.Options, log *slog.Logger) (*initiator.Initiator, error) {
+	var wires []initiator.Wire
+	for _, name := range e.Interfaces {
+		w, err := ether.Open(name, ether.Options{Responses: true})
+		if err != nil {
+			for _, w := range wires {
+				err = errors.Join(err, w.Close())
+			}
+			return nil, fmt.Errorf("open backing aoe:%s: %w", e, err)
+		}
+		wires = append(wires, w)
+	}
+	o.Address = e.Address
+	i, err := initiator.Open(ctx, wires, initiator.Config{Options: o, Log: log})
+	if err != nil {
+		return nil, fmt.Errorf("open backing aoe:%s: %w", e, err)
+	}
+	return i, nil
 }
 
 // undo takes back that the backing was made, and closes it.
@@ -123,6 +178,8 @@ func durability(b backing) string {
 			return "flushed by the server"
 		}
 		return "server acknowledges without flush"
+	case *initiator.Initiator:
+		return b.Status().Durability
 	}
 	return ""
 }

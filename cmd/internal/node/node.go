@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ramshelf/ramshelf/aoe/initiator"
 	"github.com/ramshelf/ramshelf/cache"
 	"github.com/ramshelf/ramshelf/cache/arena"
 	"github.com/ramshelf/ramshelf/cmd/internal/config"
@@ -398,6 +399,9 @@ func (v *Volume) Status() control.VolumeStatus {
 	}
 	if f.Err != nil {
 		s.Backing.Error = f.Err.Error()
+	} else if shelf, ok := v.backing.(*initiator.Initiator); ok {
+		status := shelf.Status()
+		s.Backing.Error = status.Trouble()
 	}
 	switch {
 	case f.State == flush.StateFailed:
