@@ -123,7 +123,7 @@ func TestRecoverRefuses(t *testing.T) {
 		{[]string{"vol"}, control.ExitUsage, []string{`unknown command "vol"`}},
 		{[]string{"--backing", dir}, control.ExitUsage, []string{"file:" + dir}},
 		{[]string{"--backing", "file:" + dir, "--size", "1G"}, control.ExitUsage, []string{"unknown flag: --size"}},
-		{[]string{"--backing", "stripe:(file:/a,file:/b)"}, control.ExitFailed, []string{"aoe:e1.0@eth1", "lands later"}},
+		{[]string{"--backing", "stripe:(file:/a,file:/b)"}, control.ExitFailed, []string{"stripe:", "lands later"}},
 		{[]string{"--backing", "file:" + dir + "/x", "--journal", "mirror:(a,b)"}, control.ExitFailed, []string{"--journal mirror:(a,b)", "lands later"}},
 		{[]string{"--backing", "file:" + dir + "/x", "--journal", "file:" + dir + "/x"}, control.ExitUsage, []string{dir + "/x", "hint: leave --journal out"}},
 		{[]string{"--backing", "file:" + dir + "/missing"}, control.ExitFailed, []string{dir + "/missing", "does not exist"}},
