@@ -7,8 +7,9 @@ LDFLAGS       := -s -w -X main.version=$(VERSION)
 # Versions of tools.
 export GOLANGCI_LINT ?= v2.13.1
 
-# Packages whose tests are quick enough under the race detector, and those that need the whole machine.
-RACE     := ./nbd/... ./cache/... ./aoe/... ./flush/... ./cmd/...
+# Packages whose tests are quick enough under the race detector (flush/journal has no goroutines), and those that need the
+# whole machine.
+RACE     := ./nbd/... ./cache/... ./aoe/... ./flush ./flush/home ./cmd/...
 UNIT      = $(shell $(GO) list ./... | grep -v /bench/system)
 FUZZTIME ?= 3s
 
