@@ -70,14 +70,16 @@ type Cache struct {
 	waiting      atomic.Bool   // somebody waits for the next seal
 	committed    atomic.Uint64 // the newest committed seal; changed with pub held
 
-	pub         sync.Mutex          // guards what follows, and the order of all numbers
-	open        counted             // above the newest seal
-	sealed      counted             // of the newest seal, until it is committed
-	home        counted             // committed, not home, and not in the sweep under way
-	lost        map[uint32]struct{} // slots of blocks that are lost; some may be in a set above or in the sweep besides
-	seal        uint64              // the newest seal
-	lastWrite   uint64              // number of the newest write or zero
-	openSince   int64               // when the open epoch got its first write; 0: it has none
+	pub    sync.Mutex          // guards what follows, and the order of all numbers
+	open   counted             // above the newest seal
+	sealed counted             // of the newest seal, until it is committed
+	home   counted             // committed, not home, and not in the sweep under way
+	lost   map[uint32]struct{} // slots of blocks that are lost; some may be in a set above or in the sweep besides
+	seal   uint64              // the newest seal
+	// The newest seal has nothing in it: it makes no room, so it wakes nobody who waits for some. They would ask for another.
+	hollow      bool
+	lastWrite   uint64 // number of the newest write or zero
+	openSince   int64  // when the open epoch got its first write; 0: it has none
 	sealedSince int64
 	waitOpen    opList // wait for the next seal to be committed
 	waitSealed  opList // wait for the commit under way

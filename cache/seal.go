@@ -28,9 +28,13 @@ func (c *Cache) Seal() (seal uint64, dirtyBytes int64, changed bool) {
 	c.waiting.Store(false)
 	c.sealedSince, c.openSince = c.openSince, 0
 	c.zeroes.seal()
+	c.hollow = !changed && dirtyBytes == 0
+	hollow := c.hollow
 	c.pub.Unlock()
 	c.take.restart()
-	c.writeQueue.kick()
+	if !hollow {
+		c.writeQueue.kick()
+	}
 	return seal, dirtyBytes, changed
 }
 
@@ -157,6 +161,7 @@ func (c *Cache) repaired(s uint32, number uint64) bool {
 // Committed says that the whole seal is committed. Those who waited for it are answered.
 func (c *Cache) Committed(seal uint64) {
 	c.pub.Lock()
+	hollow := c.hollow
 	c.committed.Store(seal)
 	c.sealedSince = 0
 	if c.safe.Load() < seal {
@@ -168,9 +173,12 @@ func (c *Cache) Committed(seal uint64) {
 		c.zeroes.commit()
 	}
 	c.pub.Unlock()
+	done.each(func(op *Op) { op.end(0) })
+	if hollow {
+		return
+	}
 	c.readQueue.kick()
 	c.writeQueue.kick()
-	done.each(func(op *Op) { op.end(0) })
 	if c.journaled {
 		c.settle()
 	}
