@@ -213,6 +213,12 @@ func (v *Volume) begin(ctx context.Context, found *journal.Found, memory *memory
 		return rec, err
 	}
 	v.beginGeneration(memory, rec.seal)
+	if found.Adopted && v.superblock.Journal != journal.KindNone {
+		// From here on the tail is not zero, and only a superblock tells that it is ours if the start ends before its last step.
+		if err := v.superblock.Store(v.meta, time.Now()); err != nil {
+			return rec, err
+		}
+	}
 	if err := v.beginRing(&rec); err != nil {
 		return rec, err
 	}

@@ -338,8 +338,10 @@ func TestDrainLeavesHangingSuperblock(t *testing.T) {
 	r := newRig(t)
 	v := r.open()
 	v.start()
-	if err := v.Flush(context.Background()); err != nil {
-		t.Fatal(err)
+	for range 2 { // after the second one the journal names all that came home by the first
+		if err := v.Flush(context.Background()); err != nil {
+			t.Fatal(err)
+		}
 	}
 	hang := make(chan struct{})
 	defer close(hang)

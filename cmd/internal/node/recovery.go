@@ -40,6 +40,11 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 		}
 		v.log.Error("the journal is damaged; what lies behind the damage is given up", "err", err, "seal", rec.Seal)
 	}
+	// What was read may be in a cache of the disk only, where the memory was lost and the power was not. It has to be durable
+	// before any of it is home, or the loss of the power would leave a part of a seal there.
+	if err := v.meta.Sync(); err != nil {
+		return recovery{}, fmt.Errorf("sync journal: %w", err)
+	}
 	p = progressLog{log: v.log, what: "replaying the journal"}
 	if err := journal.Replay(ctx, rec, v.meta, v.backing, p.report); err != nil {
 		return recovery{}, err
@@ -49,21 +54,22 @@ func (v *Volume) recover(ctx context.Context, found *journal.Found, memory *memo
 	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost}, nil
 }
 
-// resume lets the ring go on where the memory says that it was, or where it is found where the memory says nothing.
+// resume lets the ring go on where the memory says that it was, or where it is found where the memory does not say.
 func (v *Volume) resume(ctx context.Context) (recovery, error) {
 	s := v.superblock
 	noted, ok := v.arena.Journal()
 	if ok && noted.Stamp == s.RingStamp {
-		st, err := journal.ResumeAt(v.meta, s, journal.RingState(noted))
-		if err == nil {
-			// A run that was found and not noted may be in a cache of the disk.
-			err = v.meta.Sync()
-		}
-		return recovery{state: st, seal: st.Committed, warm: true}, v.refused(err)
+		// A run may lie behind that, written when the process ended. Nobody was answered for it, and what it holds is in the
+		// memory. That it can be read does not make it durable: its sync may have failed. So it is written again.
+		st := journal.RingState(noted)
+		return recovery{state: st, seal: st.Committed, warm: true}, nil
 	}
 	rec, err := journal.Scan(ctx, v.meta, s, nil)
 	if err = v.refused(err); err != nil {
 		return recovery{}, err
+	}
+	if err := v.meta.Sync(); err != nil {
+		return recovery{}, fmt.Errorf("sync journal: %w", err)
 	}
 	return recovery{state: rec.State, seal: rec.Seal, warm: true}, nil
 }
