@@ -62,7 +62,8 @@ lint: ## golangci-lint, with the rule who may import whom
 bench: build ## compare with nbdkit, nbd-server and qemu-nbd
 	$(GO) run ./bench/compare
 
-soak: build ## the system tests with the counts of a long run
+soak: build ## the simulated disks and the system tests with the counts of a long run
+	SIM_SEEDS=100 CACHE_SEEDS=200 $(GO) test -count=1 -timeout 4h -run 'Journal|Volume|PowerCut|EverySubset|Crash' ./flush ./cache ./cmd/internal/node
 	RAMSHELF_SOAK=1 RAMSHELF=$(CURDIR)/bin/ramshelf $(GO) test -count=1 -timeout 6h -v ./bench/system/...
 
 lab: ## the real kernel in a virtual machine (lands later)

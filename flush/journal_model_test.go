@@ -348,9 +348,12 @@ func (r *rig) runJournaled(tb testing.TB, seed uint64) []string {
 	return problems
 }
 
-// seeds is how many random runs a test has, n or as many times more as SIM_SEEDS says.
+// seeds is how many random runs a test has: n, a quarter of that with -short, or as many times more as SIM_SEEDS says.
 func seeds(n uint64) uint64 {
 	times := uint64(1)
+	if testing.Short() {
+		n = (n + 3) / 4
+	}
 	fmt.Sscan(os.Getenv("SIM_SEEDS"), &times)
 	if testing.Short() {
 		n = max(1, n/4)
@@ -629,6 +632,30 @@ func TestJournalFails(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestJournalRests: a volume that nobody writes to does nothing to its disks once all is home and the last commit is named.
+func TestJournalRests(t *testing.T) {
+	for _, k := range journalKinds {
+		synctest.Test(t, func(t *testing.T) {
+			r := newJournalRig(t, 1, k, nil)
+			r.flusher.Start()
+			r.load(rand.New(rand.NewPCG(1, 2)), 8)
+			if err := r.flusher.Flush(context.Background()); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(10 * time.Second)
+			before := r.flusher.Status()
+			time.Sleep(time.Hour)
+			if st := r.flusher.Status(); st.Writes != before.Writes || st.Syncs != before.Syncs {
+				t.Errorf("%v: %d writes and %d syncs in an hour of rest", k, st.Writes-before.Writes, st.Syncs-before.Syncs)
+			}
+			_ = r.flusher.Stop(context.Background())
+			for _, p := range r.source.finish() {
+				t.Error(p)
+			}
+		})
 	}
 }
 

@@ -85,6 +85,9 @@ func Scan(ctx context.Context, r io.ReaderAt, s *Superblock, progress func(done,
 		if broken = err; err != nil {
 			break
 		}
+		if planted("recovery-stops-early") && rec.Runs > 0 {
+			break
+		}
 		rec.Runs++
 		rec.State.Head, rec.Seal, rec.Generation = run.end(), run.Seal, run.Generation
 		if progress != nil {
@@ -122,6 +125,9 @@ func (rec *Recovered) walkAgain(ctx context.Context, w *walker) error {
 
 // judge refuses what was found if the run that ends it, broken because of err, must have been committed.
 func (f *survey) judge(s *Superblock, rec *Recovered, err error) error {
+	if planted("recovery-stops-early") {
+		return nil
+	}
 	why := ""
 	switch named := max(f.committed, s.Committed); {
 	case f.start > rec.State.Head:
@@ -327,7 +333,7 @@ func (w *walker) entries(c *Chunk) error {
 			if err != nil {
 				return err
 			}
-			if got := crc32.Checksum(b, castagnoli); got != e.CRC {
+			if got := crc32.Checksum(b, castagnoli); got != e.CRC && !planted("torn-run-replayed") {
 				return fmt.Errorf("%w: position %d, block %d has checksum %08x instead of %08x", errNotWhole, pos, e.Block, got, e.CRC)
 			}
 		}

@@ -104,6 +104,9 @@ func (v *Volume) resume(ctx context.Context) (recovery, error) {
 	if err = v.refused(err); err != nil {
 		return recovery{}, err
 	}
+	if err := v.meta.Sync(); err != nil {
+		return recovery{}, fmt.Errorf("sync journal: %w", err)
+	}
 	return recovery{state: rec.State, seal: rec.Seal, lost: rec.Lost, warm: true}, nil
 }
 
