@@ -85,8 +85,8 @@ func TestVerbs(t *testing.T) {
 		{[]string{"serve", "--help"}, 0, "--backing"},
 		{[]string{"frobnicate"}, 64, "frobnicate"},
 		{[]string{"promote"}, 1, "later"},
-		{[]string{"emergency", "on"}, 1, "later"},
-		{[]string{"recover", "--backing", "file:/nonexistent"}, 1, "later"},
+		{[]string{"emergency", "on", "--control", "/nonexistent/c.sock"}, 3, "/nonexistent/c.sock"},
+		{[]string{"recover", "--backing", "file:/nonexistent"}, 1, "/nonexistent"},
 	} {
 		r := command{}.try(t, s.v.binary, row.args...)
 		if r.code != row.code || !strings.Contains(r.stdout+r.stderr, row.word) {
