@@ -51,7 +51,7 @@ test: ## everything that a change must pass; tells the seconds of each part
 	done; echo "== passed"; cat out/seconds
 
 race: ## the quick tests under the race detector
-	CGO_ENABLED=1 $(GO) test -race -short $(RACE)
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $(RACE)
 
 fuzz: ## every fuzz target for a minute
 	@$(MAKE) --no-print-directory fuzz-short FUZZTIME=60s
@@ -83,10 +83,10 @@ cross:
 	GOARCH=arm64 $(GO) build ./...
 
 unit:
-	$(GO) test $(UNIT)
+	$(GO) test -timeout 30m $(UNIT)
 
 planted:
-	$(GO) test -tags planted -run 'Plant|Crash' $(UNIT)
+	$(GO) test -tags planted -timeout 30m -run 'Plant|Crash' $(UNIT)
 
 fuzz-short:
 	@grep -rHoE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' . | sed -E 's|^(.*)/[^/]*:func |\1 |' | sort -u | \
