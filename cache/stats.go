@@ -48,7 +48,10 @@ func (c *Cache) Stats() Stats {
 	c.pub.Lock()
 	defer c.pub.Unlock()
 	out.DirtyBytes = c.dirtySlots() * BlockBytes
-	out.UncommittedBytes = int64(c.open.n+c.sealed.n) * BlockBytes
+	out.UncommittedBytes = int64(c.open.n) * BlockBytes
+	if c.committed.Load() < c.seal { // else the sealed ones are committed and about to be given to the way home
+		out.UncommittedBytes += int64(c.sealed.n) * BlockBytes
+	}
 	if !c.journaled {
 		out.UncommittedBytes = out.DirtyBytes
 	}
